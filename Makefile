@@ -1,0 +1,117 @@
+# Everything is built once, with --release: tests run real programs on a real
+# model, and libtorch makes a second profile cost minutes and gigabytes.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+WORKERS ?= 2
+# Benchmarks for `make bench` to run: all of them, or some.
+ONLY ?= dpo scaling
+# More flags for `make demo`, such as ARGS="--set seed=7", or for `make bench`,
+# such as ONLY=dpo ARGS="--mix even --skip-peer".
+ARGS ?=
+
+MODEL := .cache/models/SmolLM2-135M-Instruct
+REQUIREMENTS := tests/python/requirements-build.txt tests/python/requirements.txt
+# The stamp's name holds the requirements' hash: other pins, another stamp.
+STAMP := .venv/.installed-$(shell cat $(REQUIREMENTS) | sha256sum | cut -c1-16)
+DENY_VERSION := 0.20.2
+DENY := .cache/tools/cargo-deny-$(DENY_VERSION)/bin/cargo-deny
+
+.PHONY: help setup system build demo bench test check deny clean
+
+help: ## list these targets
+	@echo "usage: make TARGET"
+	sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+
+setup: system $(STAMP) ## install libtorch, the pinned peers and the demo model here
+	@.venv/bin/python configs/demo/export_model.py $(MODEL)
+
+# What pip and cargo take for granted. On Debian as root it is installed when
+# missing; anybody else is told what to install.
+system:
+	@missing=()
+	command -v cc >/dev/null && command -v c++ >/dev/null || missing+=(g++)
+	command -v $(PYTHON) >/dev/null || missing+=(python3)
+	[ -e .venv/bin/python ] || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
+	if [ $${#missing[@]} -gt 0 ]; then
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+			echo "setup: installing $${missing[*]}"
+			apt-get update -qq
+			DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$${missing[@]}" >/dev/null
+		else
+			echo "error: this machine lacks $${missing[*]} (Debian's names); install them and run \`make setup\` again" >&2
+			exit 1
+		fi
+	fi
+	if ! command -v cargo >/dev/null; then
+		echo "error: cargo is missing; install Rust 1.95 from https://rustup.rs" >&2
+		exit 1
+	fi
+
+# .installing says that an earlier attempt was cut short: pip may then take a
+# half-written package for a whole one, so all are written again (from pip's cache).
+$(STAMP):
+	@if ! [ -x .venv/bin/python ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+		$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("error: Python %d.%d: the pinned torch needs 3.11, 3.12 or 3.13; run `make setup PYTHON=python3.12`" % v)'
+		$(PYTHON) -m venv --clear .venv
+	fi
+	again=""; [ ! -e .venv/.installing ] || again=--force-reinstall
+	quiet=""; [ -t 1 ] || quiet=--quiet
+	echo "setup: installing $$(grep -c == $(REQUIREMENTS) | awk -F: '{n += $$2} END {print n}') pinned Python packages into .venv (4.7 GB on disk)"
+	touch .venv/.installing
+	.venv/bin/python -m pip install --disable-pip-version-check --no-deps $$quiet $$again $(REQUIREMENTS:%=-r %)
+	site=$$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	ln -sfn "$$(realpath --relative-to=.venv "$$site/torch")" .venv/libtorch
+	rm -f .venv/.installed-* .venv/.installing
+	touch $@
+
+build: setup ## compile coordinator and worker
+	@cargo build --release --locked
+
+demo: build ## train the demo model for two iterations, on this machine's CPU
+	@target/release/coordinator --workers $(WORKERS) $(ARGS)
+
+bench: build ## measure the training engine beside TRL, and two workers beside one
+	@for benchmark in $(ONLY); do
+		target/release/bench $$benchmark $(ARGS)
+	done
+
+# Whole-system tests compute on every core: one at a time, whichever runner.
+test: build ## run all tests
+	@cargo test --release --locked --workspace --doc --quiet
+	if cargo nextest --version >/dev/null 2>&1; then
+		cargo nextest run --release --locked --workspace
+	else
+		cargo test --release --locked --workspace --exclude drift-tests --lib --bins
+		cargo test --release --locked --package drift-tests -- --test-threads=1
+	fi
+
+check: setup $(DENY) ## format, lints, documentation, licences and advisories
+	@cargo fmt --all -- --check
+	cargo clippy --release --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS=-Dwarnings cargo doc --release --locked --workspace --no-deps
+	$(DENY) check --hide-inclusion-graph bans licenses sources
+	# The advisories live in a git repository, which an isolated machine cannot reach.
+	if timeout 120 $(DENY) fetch db >/dev/null 2>&1; then
+		$(DENY) check --hide-inclusion-graph advisories
+	else
+		echo "advisories: not run: advisory database unreachable"
+	fi
+
+$(DENY):
+	@found=$$(command -v cargo-deny || true)
+	if [ -n "$$found" ] && [ "$$("$$found" --version)" = "cargo-deny $(DENY_VERSION)" ]; then
+		mkdir -p $(@D)
+		ln -sfn "$$found" $@
+	else
+		echo "check: building cargo-deny $(DENY_VERSION), once"
+		nice cargo install --quiet --locked --root $(@D)/.. cargo-deny --version $(DENY_VERSION)
+	fi
+
+clean: ## remove what was built and .venv; runs and models stay
+	@rm -rf target .venv

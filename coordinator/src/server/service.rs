@@ -1,0 +1,197 @@
+//! Decode, call, encode: the service behind the door.
+
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::time::Duration;
+
+use drift_proto::v1::{
+    self as pb, coordinator_message::Body as Down, coordinator_server, worker_message::Body as Up,
+};
+use drift_proto::{MAX_MESSAGE_BYTES, PROTOCOL_VERSION};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::{TcpListenerStream, UnboundedReceiverStream};
+use tokio_stream::{Stream, StreamExt};
+use tonic::{Request, Response, Status, Streaming};
+use tracing::{info, warn};
+
+use super::door::JoinToken;
+use super::wire::{Incoming, Outgoing, incoming};
+use crate::run::command::{Rank, Report};
+
+/// A worker has this long to greet after it opened its stream.
+const GREETING_DEADLINE: Duration = Duration::from_secs(10);
+
+/// What the run tells a worker that comes in.
+#[derive(Debug, Clone, Copy)]
+pub struct AttachPlan {
+    /// Of the membership.
+    pub generation: u64,
+    /// Ranks there are.
+    pub world_size: u32,
+    /// Seconds between heartbeats.
+    pub heartbeat: f64,
+}
+
+/// The way down to one worker. Its queue is bounded by the state machine, which
+/// keeps at most two commands unanswered.
+#[derive(Debug, Clone)]
+pub struct Link(mpsc::UnboundedSender<Result<pb::CoordinatorMessage, Status>>);
+
+impl Link {
+    /// Greets a worker that is admitted. Must come before its first command.
+    pub fn welcome(&self, rank: Rank, plan: AttachPlan) {
+        let welcome = pb::Welcome {
+            generation: plan.generation,
+            rank: rank.0,
+            world_size: plan.world_size,
+            heartbeat_seconds: plan.heartbeat,
+        };
+        let _ = self.0.send(Ok(pb::CoordinatorMessage { body: Some(Down::Welcome(welcome)) }));
+    }
+
+    /// Sends a command; a closed stream is noticed by its `Lost` event instead.
+    pub fn send(&self, outgoing: Outgoing) {
+        let _ = self.0.send(Ok(outgoing.into()));
+    }
+}
+
+/// What comes from workers.
+#[derive(Debug)]
+pub enum WorkerEvent {
+    /// A worker greets. The answer says whether it may take its place.
+    Attach {
+        /// The rank it was started for.
+        rank: Rank,
+        /// What it runs on, for people.
+        about: String,
+        /// The way down to it.
+        link: Link,
+        /// `Err` carries why not.
+        answer: oneshot::Sender<Result<AttachPlan, String>>,
+    },
+    /// It tells something.
+    Report(Rank, Report),
+    /// It lives.
+    Heartbeat(Rank),
+    /// Its stream is closed.
+    Lost(Rank, String),
+}
+
+/// The listening server.
+#[derive(Debug)]
+pub struct Server {
+    /// Where it listens.
+    pub address: SocketAddr,
+}
+
+impl Server {
+    /// Listens on `address` and serves until the runtime ends.
+    ///
+    /// # Errors
+    /// The address cannot be bound.
+    pub async fn start(
+        address: SocketAddr,
+        token: JoinToken,
+        events: mpsc::UnboundedSender<WorkerEvent>,
+    ) -> std::io::Result<Self> {
+        let listener = TcpListener::bind(address).await?;
+        let address = listener.local_addr()?;
+        let service = coordinator_server::CoordinatorServer::new(Service { events })
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        let guarded = tonic::service::interceptor::InterceptedService::new(service, token);
+        tokio::spawn(async move {
+            let served = tonic::transport::Server::builder()
+                .http2_keepalive_interval(Some(Duration::from_secs(10)))
+                .tcp_nodelay(true)
+                .add_service(guarded)
+                .serve_with_incoming(TcpListenerStream::new(listener))
+                .await;
+            if let Err(error) = served {
+                warn!(%error, "the server ended");
+            }
+        });
+        Ok(Self { address })
+    }
+}
+
+struct Service {
+    events: mpsc::UnboundedSender<WorkerEvent>,
+}
+
+type Outbound = Pin<Box<dyn Stream<Item = Result<pb::CoordinatorMessage, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl coordinator_server::Coordinator for Service {
+    type AttachStream = Outbound;
+
+    async fn attach(
+        &self,
+        request: Request<Streaming<pb::WorkerMessage>>,
+    ) -> Result<Response<Outbound>, Status> {
+        let mut inbound = request.into_inner();
+        let first = tokio::time::timeout(GREETING_DEADLINE, inbound.next())
+            .await
+            .map_err(|_| Status::deadline_exceeded("no greeting came"))?;
+        let Some(Ok(pb::WorkerMessage { body: Some(Up::Hello(hello)), .. })) = first else {
+            return Err(Status::invalid_argument("the first message must be a greeting"));
+        };
+        if hello.protocol_version != PROTOCOL_VERSION {
+            return Err(Status::failed_precondition(format!(
+                "worker speaks protocol {}, coordinator {PROTOCOL_VERSION}; run both from one build",
+                hello.protocol_version
+            )));
+        }
+        let rank = Rank(hello.slot);
+        let (down, outbound) = mpsc::unbounded_channel();
+        let (answer, answered) = oneshot::channel();
+        let about = format!(
+            "{} on {} (pid {}, {} threads, libtorch {})",
+            hello.device, hello.host, hello.pid, hello.threads, hello.libtorch_version
+        );
+        let link = Link(down);
+        self.tell(WorkerEvent::Attach { rank, about, link, answer })?;
+        let plan = answered
+            .await
+            .map_err(|_| Status::unavailable("the run is over"))?
+            .map_err(Status::failed_precondition)?;
+        tokio::spawn(listen(inbound, rank, plan.generation, self.events.clone()));
+        Ok(Response::new(Box::pin(UnboundedReceiverStream::new(outbound))))
+    }
+}
+
+impl Service {
+    fn tell(&self, event: WorkerEvent) -> Result<(), Status> {
+        self.events.send(event).map_err(|_| Status::unavailable("the run is over"))
+    }
+}
+
+/// Passes a worker's messages on until its stream ends, and then says so.
+async fn listen(
+    mut inbound: Streaming<pb::WorkerMessage>,
+    rank: Rank,
+    generation: u64,
+    events: mpsc::UnboundedSender<WorkerEvent>,
+) {
+    let why = loop {
+        let message = match inbound.next().await {
+            Some(Ok(message)) => message,
+            Some(Err(status)) => break format!("its stream broke: {}", status.message()),
+            None => break "it closed its stream".to_owned(),
+        };
+        if message.generation != generation {
+            info!(%rank, theirs = message.generation, ours = generation, "drop a stale message");
+            continue;
+        }
+        let event = match incoming(message) {
+            Ok(Incoming::Heartbeat) => WorkerEvent::Heartbeat(rank),
+            Ok(Incoming::Report(report)) => WorkerEvent::Report(rank, report),
+            Err(what) => break format!("it sent {what}"),
+        };
+        if events.send(event).is_err() {
+            return;
+        }
+    };
+    let _ = events.send(WorkerEvent::Lost(rank, why));
+}

@@ -1,0 +1,32 @@
+//! Chat template and tokenizer: conversations to token ids, and back.
+//!
+//! | file | owns |
+//! |---|---|
+//! | `model` | [`TextModel`]: tokenizer and template behind one door |
+//! | `template` | finding the chat template, and rendering it as `transformers` does |
+//! | `generation_blocks`, `json`, `python` | what Hugging Face's Jinja has and Rust's has not |
+//! | `special` | special tokens, and the ids at which a reply ends |
+//! | `held_out` | which prompts never train |
+//! | `pairs` | rows of preference pairs, cut to length; drops counted by reason |
+
+mod error;
+mod files;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod fixture;
+mod generation_blocks;
+mod held_out;
+mod json;
+mod model;
+mod pairs;
+mod python;
+mod special;
+mod template;
+
+pub use error::TextError;
+pub use files::CheckpointFile;
+pub use held_out::{HeldOut, HeldOutSet, PromptKey, hold_out};
+pub use model::{DEFAULT_INSTRUCTION, TextModel, TextOptions, guided_messages};
+pub use pairs::{
+    Candidate, DropReason, Lengths, PairCounts, Reply, build_pairs, drift_pairs, seed_pairs,
+};

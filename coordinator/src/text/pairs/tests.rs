@@ -1,0 +1,155 @@
+use super::super::fixture::{ASSISTANT, END, EOS, USER, model, word, words};
+use super::super::held_out::{HeldOut, PromptKey, hold_out};
+use super::*;
+use crate::domain::{FinishReason, Role};
+
+const LENGTHS: Lengths = Lengths { max_length: 2_048, max_prompt: 1_024 };
+
+fn origin(record: u64) -> Origin {
+    Origin { file: "corpus.json".to_owned(), record }
+}
+
+fn seed(record: u64, prompt: &str, chosen: &str, rejected: &str) -> SeedPair {
+    SeedPair {
+        context: vec![Message::new(Role::User, prompt)],
+        chosen: chosen.to_owned(),
+        rejected: rejected.to_owned(),
+        origin: origin(record),
+    }
+}
+
+fn dsat(n: u32) -> DsatSample {
+    DsatSample {
+        context: vec![Message::new(Role::User, format!("w{n}"))],
+        rejected: "w9".to_owned(),
+        feedback: "w8".to_owned(),
+        origin: origin(u64::from(n)),
+    }
+}
+
+fn drawn(prompt: u64, index: u32, tokens: Vec<u32>, finish: FinishReason) -> Sample {
+    Sample { prompt: PromptId(prompt), index, tokens, finish }
+}
+
+fn none() -> HeldOutSet {
+    HeldOutSet::default()
+}
+
+#[test]
+fn a_long_pair_is_cut_as_the_recipe_says() {
+    let pairs = [seed(0, &words(1_500), &words(1_100), "w1")];
+    let (rows, counts) = seed_pairs(&model(), &pairs, LENGTHS, &none()).unwrap();
+    let tokens = &rows[0].tokens;
+    assert_eq!(tokens.prompt.len(), 1_024);
+    assert_eq!(tokens.prompt[..1], [word(477)]);
+    assert_eq!(tokens.prompt[1_022..], [word(1_499), ASSISTANT]);
+    assert_eq!(tokens.chosen, (0..1_024).map(word).collect::<Vec<_>>());
+    assert_eq!(tokens.rejected, [word(1), END]);
+    assert_eq!((counts.prompts_cut, counts.chosen_cut, counts.rejected_cut), (1, 1, 0));
+    assert_eq!(rows[0].chosen, words(1_100), "people see the whole reply");
+}
+
+#[test]
+fn a_short_prompt_leaves_its_room_to_the_replies() {
+    let lengths = Lengths { max_length: 10, max_prompt: 5 };
+    let pairs = [seed(0, "w1", &words(20), &words(7).replace("w0", "w1"))];
+    let (rows, _) = seed_pairs(&model(), &pairs, lengths, &none()).unwrap();
+    assert_eq!(rows[0].tokens.prompt, [USER, word(1), ASSISTANT]);
+    assert_eq!(rows[0].tokens.chosen.len(), 7);
+    // Seven words fill the room: the end-of-sequence id no longer fits.
+    assert_eq!(rows[0].tokens.rejected.len(), 7);
+    assert_ne!(rows[0].tokens.rejected.last(), Some(&END));
+}
+
+#[test]
+fn drops_are_counted_by_reason_and_ids_stay_dense() {
+    let mut system = seed(5, "w1", "w2", "w3");
+    system.context.insert(0, Message::new(Role::System, "w0"));
+    let pairs = [
+        seed(0, "w1", " \n", "w2"),
+        seed(1, "w1", "w2", ""),
+        seed(2, "w1", "w2", "w3"),
+        seed(3, "w1", "w2\n", " w2"),
+        system,
+        seed(6, "w4", "w5", "w6"),
+    ];
+    let (rows, counts) = seed_pairs(&model(), &pairs, LENGTHS, &none()).unwrap();
+    let ids: Vec<_> = rows.iter().map(|row| row.tokens.id).collect();
+    assert_eq!(ids, [PairId(0), PairId(1)]);
+    assert_eq!(rows[1].chosen_from, Side::Corpus { origin: origin(6) });
+    assert_eq!(counts.candidates, 6);
+    let dropped: Vec<_> = counts.dropped.iter().map(|(reason, n)| (*reason, *n)).collect();
+    let expected = [
+        (DropReason::EmptyChosen, 1),
+        (DropReason::EmptyRejected, 1),
+        (DropReason::EqualSides, 1),
+        (DropReason::TemplateRefused, 1),
+    ];
+    assert_eq!(dropped, expected);
+    assert_eq!(
+        counts.to_string(),
+        "2 pairs of 6 candidates, 0 held out; 1 dropped: chosen reply empty; \
+         1 dropped: rejected reply empty; 1 dropped: both replies the same; \
+         1 dropped: refused by the chat template; first refusal: no system role here"
+    );
+    let json = serde_json::to_string(&counts).unwrap();
+    assert_eq!(serde_json::from_str::<PairCounts>(&json).unwrap(), counts);
+}
+
+#[test]
+fn sides_that_cutting_makes_equal_are_dropped() {
+    let lengths = Lengths { max_length: 6, max_prompt: 3 };
+    let pairs = [seed(0, "w1", "w1 w2 w3 w4", "w1 w2 w3 w5"), seed(1, "w1", "w1", "w2")];
+    let (rows, counts) = seed_pairs(&model(), &pairs, lengths, &none()).unwrap();
+    assert_eq!(rows.len(), 1);
+    assert_eq!(counts.dropped[&DropReason::EqualSides], 1);
+    let no_room = Lengths { max_length: 3, max_prompt: 3 };
+    let (rows, counts) = seed_pairs(&model(), &pairs, no_room, &none()).unwrap();
+    assert!(rows.is_empty());
+    assert_eq!(counts.dropped[&DropReason::NoRoom], 2);
+}
+
+#[test]
+fn drift_prefers_the_sample_and_conditions_on_x() {
+    let corpus = [dsat(0), dsat(1)];
+    let samples = [
+        drawn(1, 1, vec![word(3)], FinishReason::Length),
+        drawn(1, 0, vec![word(2), EOS], FinishReason::Stop),
+        drawn(0, 0, vec![EOS], FinishReason::Stop),
+    ];
+    let (rows, counts) = drift_pairs(&model(), &corpus, &samples, LENGTHS, &none()).unwrap();
+    assert_eq!(counts.dropped[&DropReason::EmptyChosen], 1);
+    assert_eq!(rows[0].tokens.prompt, [USER, word(1), ASSISTANT]);
+    assert_eq!(rows[0].tokens.chosen, [word(2), END]);
+    assert_eq!(rows[0].tokens.rejected, [word(9), END]);
+    assert_eq!((rows[0].chosen.as_str(), rows[0].rejected.as_str()), ("w2", "w9"));
+    assert_eq!(rows[1].tokens.chosen, [word(3)]);
+    let from = Side::Sample { prompt: PromptId(1), index: 0, finish: FinishReason::Stop };
+    assert_eq!(rows[0].chosen_from, from);
+    assert_eq!(rows[0].rejected_from, Side::Corpus { origin: origin(1) });
+}
+
+#[test]
+fn order_of_arrival_does_not_matter_and_strays_are_errors() {
+    let model = model();
+    let corpus: Vec<_> = (0..20).map(dsat).collect();
+    let keys: Vec<_> = corpus.iter().map(|sample| PromptKey::of(&sample.context)).collect();
+    let held = hold_out(&[&keys], HeldOut::Pairs(4), 42);
+    let mut samples: Vec<_> = (0..20_u64)
+        .map(|prompt| drawn(prompt, 0, vec![word(50 + prompt as u32), END], FinishReason::Stop))
+        .collect();
+    let forward = drift_pairs(&model, &corpus, &samples, LENGTHS, &held).unwrap();
+    samples.reverse();
+    assert_eq!(drift_pairs(&model, &corpus, &samples, LENGTHS, &held).unwrap(), forward);
+    assert_eq!(forward.1.held_out, 4);
+    for row in &forward.0 {
+        assert_eq!(row.held_out, held.contains(&row.context));
+    }
+
+    let stray = [drawn(20, 3, vec![word(1)], FinishReason::Length)];
+    let error = drift_pairs(&model, &corpus, &stray, LENGTHS, &held).unwrap_err();
+    assert!(matches!(error, TextError::UnknownPrompt { prompt: PromptId(20), .. }), "{error}");
+    let twice = [samples[0].clone(), samples[0].clone()];
+    let error = drift_pairs(&model, &corpus, &twice, LENGTHS, &held).unwrap_err();
+    assert!(matches!(error, TextError::DuplicateSample { .. }), "{error}");
+}

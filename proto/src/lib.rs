@@ -1,0 +1,20 @@
+//! The contract between coordinator and workers: generated wire types, the
+//! protocol's version, and the names both sides must agree on.
+
+/// Messages, client and server of package `drift.v1`.
+#[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic)]
+pub mod v1 {
+    tonic::include_proto!("drift.v1");
+}
+
+/// Version a worker names in its `Hello`. Raised by any change that an older
+/// peer would misread; the coordinator refuses every other version.
+pub const PROTOCOL_VERSION: u32 = 2;
+
+/// Environment variable that hands a worker its run's join token. Never a
+/// command-line argument: those are public on a shared machine.
+pub const JOIN_TOKEN_ENV: &str = "DRIFT_JOIN_TOKEN";
+
+/// Largest message either side accepts, in bytes. The largest in use is a
+/// batch of token ids: about 1 MiB for 32 pairs of 2,048 tokens.
+pub const MAX_MESSAGE_BYTES: usize = 64 << 20;

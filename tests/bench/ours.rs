@@ -1,0 +1,70 @@
+//! Our side of `bench dpo`: one run, in a process of its own.
+
+use std::time::Instant;
+
+use anyhow::Result;
+use drift_worker::LIBTORCH_VERSION;
+use drift_worker::model::Decoder;
+use drift_worker::train::{PairOutcome, ReferenceLogps, StepReport, TokenPair, Trainer};
+use tch::{Device, Kind};
+
+use crate::job::{Job, Run, passes, token_pairs, train_step};
+use crate::machine::{peak_bytes, processor_seconds};
+
+/// An iteration's training work on the job's pairs.
+pub(crate) fn run(job: &Job) -> Result<Run> {
+    let Job { recipe, engine, .. } = job;
+    tch::set_num_threads(job.threads as i32);
+    let mut trainer = Trainer::new(Decoder::load(&job.model, Kind::BFloat16, Device::Cpu)?);
+    let mut pairs = token_pairs(&job.pairs);
+
+    let (user_before, system_before) = processor_seconds()?;
+    let start = Instant::now();
+    trainer.begin(recipe.settings(engine), None)?;
+    score(&trainer, &mut pairs, job.batch, engine.max_tokens)?;
+    let scoring_seconds = start.elapsed().as_secs_f64();
+    let (mut step_seconds, mut losses, mut logps_chosen) = (Vec::new(), Vec::new(), Vec::new());
+    for (number, batch) in pairs.chunks(job.batch).enumerate() {
+        let begun = Instant::now();
+        let passes = passes(batch, job.batch, engine.max_tokens);
+        let step = train_step(number as u64, recipe.learning_rate, batch.len(), passes);
+        let report = trainer.step(&step, None, &|| false)?;
+        step_seconds.push(begun.elapsed().as_secs_f64());
+        losses.push(mean(&report, |pair| pair.loss));
+        logps_chosen.push(mean(&report, |pair| pair.logp_chosen));
+    }
+    let seconds = start.elapsed().as_secs_f64();
+    let (user, system) = processor_seconds()?;
+
+    Ok(Run {
+        seconds,
+        scoring_seconds,
+        step_seconds,
+        user_seconds: user - user_before,
+        system_seconds: system - system_before,
+        peak_bytes: peak_bytes()?,
+        losses,
+        logps_chosen,
+        versions: [("libtorch".to_owned(), LIBTORCH_VERSION.to_owned())].into(),
+    })
+}
+
+/// Gives `pairs` their reference log-probabilities, computed in the passes of training.
+pub(crate) fn score(
+    trainer: &Trainer,
+    pairs: &mut [TokenPair],
+    batch: usize,
+    max_tokens: usize,
+) -> Result<()> {
+    let passes: Vec<_> =
+        pairs.chunks(batch).flat_map(|batch| passes(batch, batch.len(), max_tokens)).collect();
+    let scores = trainer.score(&passes, &|| false)?;
+    for (pair, logps) in pairs.iter_mut().zip(scores) {
+        pair.reference = Some(ReferenceLogps { chosen: logps.chosen, rejected: logps.rejected });
+    }
+    Ok(())
+}
+
+fn mean(report: &StepReport, of: fn(&PairOutcome) -> f64) -> f64 {
+    report.pairs.iter().map(of).sum::<f64>() / report.pairs.len() as f64
+}

@@ -1,0 +1,60 @@
+//! The embedded default, end to end.
+
+use drift_worker::model::Decoder;
+use drift_worker::sample::{Prompt, SamplingParams, Shard, sample_shard};
+use std::ops::ControlFlow;
+use tch::{Device, Kind};
+
+use crate::support::{coordinator, first_steps_are_ln_2, held_out_accuracy, python, succeeds};
+
+/// What `make demo` runs: from real complaints to a checkpoint that other
+/// programs load and that answers there as it does here.
+#[test]
+fn demo_trains_a_model_that_transformers_loads() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let began = std::time::Instant::now();
+    let ended = succeeds(coordinator(&["--workers", "2", "--run-dir", run.to_str().unwrap()]));
+    let seconds = began.elapsed().as_secs();
+    eprintln!("demo: {seconds} s\n{}", ended.stdout);
+    assert!(ended.stdout.contains("held out"), "{}", ended.stdout);
+    assert!(ended.stdout.contains("AutoModelForCausalLM"), "{}", ended.stdout);
+    first_steps_are_ln_2(&run, 2);
+    let accuracy = held_out_accuracy(&run, 2);
+    assert!(accuracy > 0.5, "held-out accuracy {accuracy}");
+    let summary: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(run.join("summary.json")).unwrap()).unwrap();
+    assert_eq!(summary["iterations"].as_array().unwrap().len(), 3);
+
+    let checkpoint = run.join("iterations/02/checkpoint");
+    let reply: serde_json::Value =
+        serde_json::from_str(&python("demo_reference.py", &[checkpoint.to_str().unwrap()]))
+            .unwrap();
+    eprintln!("transformers {}", reply["transformers"]);
+    let ids = |value: &serde_json::Value| -> Vec<u32> {
+        value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+    };
+    let model = Decoder::load(&checkpoint, Kind::Float, Device::Cpu).unwrap();
+    let shard = Shard {
+        seed: 0,
+        iteration: 0,
+        params: SamplingParams {
+            temperature: 0.0,
+            top_p: 1.0,
+            max_new_tokens: 32,
+            stop_ids: ids(&reply["stop_ids"]),
+        },
+        prompts: reply["prompts"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .enumerate()
+            .map(|(n, tokens)| Prompt { prompt: n as u64, index: 0, tokens: ids(tokens) })
+            .collect(),
+    };
+    let mut samples = sample_shard(&model, &shard, &mut |_| ControlFlow::Continue(())).unwrap();
+    samples.sort_by_key(|sample| sample.prompt);
+    for (sample, theirs) in samples.iter().zip(reply["greedy"].as_array().unwrap()) {
+        assert_eq!(sample.tokens, ids(theirs), "prompt {}", sample.prompt);
+    }
+}

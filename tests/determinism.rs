@@ -1,0 +1,82 @@
+//! Same configuration, seed and number of workers: the same bytes, killed or not.
+
+use crate::support::{
+    ended, eventually, first_steps_are_ln_2, processes, published, resume, short, signalled_at,
+    succeeds,
+};
+
+/// Two undisturbed runs, one that loses its coordinator to SIGKILL after every
+/// single commit, and one that is stopped by SIGINT and SIGTERM inside its
+/// phases: four times the same files, byte for byte.
+#[test]
+fn runs_end_with_the_same_bytes_killed_stopped_or_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |name: &str| folder.path().join(name);
+
+    let once = run("once");
+    succeeds(short(&once, "2"));
+    first_steps_are_ln_2(&once, 1);
+    let expected = published(&once);
+    assert!(expected.contains_key("01/checkpoint/model.safetensors"));
+    assert!(expected.contains_key("01/pairs.parquet"));
+    assert!(expected.contains_key("01/metrics.jsonl"));
+
+    let twice = run("twice");
+    succeeds(short(&twice, "2"));
+    assert_eq!(published(&twice), expected, "two undisturbed runs");
+
+    let killed = run("killed");
+    let mut kills = 0;
+    let mut command = short(&killed, "2");
+    while let Some(ended) = signalled_at(command, " committed ", "KILL") {
+        if ended.code == Some(0) && ended.stderr.contains("phase=finished") {
+            // It had ended by itself before the signal reached it.
+            break;
+        }
+        assert_eq!(ended.code, None, "{}", ended.stderr);
+        kills += 1;
+        assert!(kills < 40, "the run does not move on:\n{}", ended.stderr);
+        command = resume(&killed);
+        // Its workers notice and go; the lock is the dead process's no more.
+        if let Some(address) = address(&ended.stderr) {
+            let slot = format!("worker --coordinator {address}");
+            eventually(15, "workers outlive their coordinator", || processes(&slot).is_empty());
+        } else {
+            // It had nothing left to do but to say so, and started no worker.
+            assert!(ended.stderr.contains("phase=finished"), "{}", ended.stderr);
+        }
+    }
+    eprintln!("{kills} kills");
+    // Prepared; warm start: paired, scored, 2 × (trained, evaluated), published;
+    // iteration 1: sampled, paired, scored, trained, evaluated, published. "Finished"
+    // follows at once, and the last signal hits before or after it.
+    assert!((14..=15).contains(&kills), "{kills}");
+    succeeds(resume(&killed));
+    assert_eq!(published(&killed), expected, "killed after every commit");
+
+    let stopped = run("stopped");
+    for (line, signal, code, is_new) in [
+        ("phase=Training epoch=1", "TERM", 143, true),
+        ("iteration 1: sampling", "INT", 130, false),
+        ("iteration=1 phase=Scoring", "TERM", 143, false),
+    ] {
+        let command = if is_new { short(&stopped, "2") } else { resume(&stopped) };
+        let ended = signalled_at(command, line, signal).expect(line);
+        assert_eq!(ended.code, Some(code), "{}", ended.stderr);
+        assert!(ended.stderr.contains("--resume"), "{}", ended.stderr);
+    }
+    succeeds(resume(&stopped));
+    assert_eq!(published(&stopped), expected, "stopped inside its phases");
+
+    // A finished run has nothing left to do, and says what it did.
+    let again = ended(resume(&stopped));
+    assert_eq!(again.code, Some(0));
+    assert!(again.stdout.contains("checkpoint:"), "{}", again.stdout);
+    assert_eq!(published(&stopped), expected);
+}
+
+/// Where a coordinator said that it listens; nowhere, if it started no worker.
+fn address(log: &str) -> Option<String> {
+    let after = log.split("address=").nth(1)?;
+    Some(format!("http://{}", after.split_whitespace().next().unwrap()))
+}

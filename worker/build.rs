@@ -1,0 +1,121 @@
+//! Builds the C++ bridge to libtorch's collectives, and makes binaries start
+//! without `LD_LIBRARY_PATH`.
+
+use std::path::{Path, PathBuf};
+use std::{env, fs, io};
+
+/// The one release that `tch` and the bridge are written against.
+const TORCH_VERSION: &str = "2.13.0";
+
+/// Gloo's headers that `ProcessGroupGloo.hpp` includes and PyTorch's wheel
+/// leaves out; each is made to mean `gloo_declarations.hpp`.
+const GLOO_HEADERS: [&str; 5] = [
+    "gloo/algorithm.h",
+    "gloo/common/error.h",
+    "gloo/context.h",
+    "gloo/rendezvous/store.h",
+    "gloo/transport/device.h",
+];
+
+fn main() {
+    if let Err(reason) = build() {
+        println!("cargo::error={reason}");
+    }
+}
+
+fn build() -> Result<(), String> {
+    println!("cargo::rerun-if-env-changed=LIBTORCH");
+    let torch = libtorch()?;
+    for directory in library_directories(&torch) {
+        println!("cargo::rustc-link-arg=-Wl,-rpath,{}", directory.display());
+    }
+    compile_bridge(&torch)
+}
+
+/// The directory of libtorch, checked to be of the right version.
+fn libtorch() -> Result<PathBuf, String> {
+    let torch = env::var_os("LIBTORCH").map(PathBuf::from).ok_or(
+        "LIBTORCH is not set: build inside the workspace, where .cargo/config.toml sets it, \
+         or set it to the `torch` directory of a PyTorch wheel",
+    )?;
+    let version_file = torch.join("version.py");
+    println!("cargo::rerun-if-changed={}", version_file.display());
+    let text = fs::read_to_string(&version_file).map_err(|e| {
+        format!(
+            "read {}: {e}; run `make setup`, which installs PyTorch {TORCH_VERSION}",
+            version_file.display()
+        )
+    })?;
+    let found = text
+        .lines()
+        .find_map(|line| line.strip_prefix("__version__ = '")?.strip_suffix('\''))
+        .ok_or_else(|| {
+            format!(
+                "{} has no line `__version__ = '…'`; run `make setup`, which installs PyTorch \
+                 {TORCH_VERSION}",
+                version_file.display()
+            )
+        })?;
+    if found.split('+').next() != Some(TORCH_VERSION) {
+        return Err(format!(
+            "{} says PyTorch {found}, and this needs {TORCH_VERSION}; run `make setup`, which \
+             installs it",
+            version_file.display()
+        ));
+    }
+    Ok(torch)
+}
+
+/// Where the loader finds libtorch, and what the wheel's CUDA build leans on.
+fn library_directories(torch: &Path) -> Vec<PathBuf> {
+    let mut directories = vec![torch.join("lib")];
+    // `LIBTORCH` may be a link into the wheel; its neighbours are found from where it points.
+    let wheel = fs::canonicalize(torch).unwrap_or_else(|_| torch.to_path_buf());
+    let packages =
+        wheel.parent().map(|site| site.join("nvidia")).and_then(|d| fs::read_dir(d).ok());
+    let mut nvidia: Vec<PathBuf> = packages
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path().join("lib")))
+        .filter(|lib| lib.is_dir())
+        .collect();
+    nvidia.sort();
+    directories.extend(nvidia);
+    directories
+}
+
+fn compile_bridge(torch: &Path) -> Result<(), String> {
+    let source = Path::new("src/collective");
+    println!("cargo::rerun-if-changed={}", source.join("bridge.cpp").display());
+    println!("cargo::rerun-if-changed={}", source.join("gloo_declarations.hpp").display());
+
+    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set: run through cargo")?);
+    let stand_ins = out.join("gloo_headers");
+    for header in GLOO_HEADERS {
+        write_stand_in(&stand_ins.join(header)).map_err(|e| format!("write {header}: {e}"))?;
+    }
+
+    let include = torch.join("include");
+    let mut bridge = cc::Build::new();
+    bridge
+        .cpp(true)
+        .std("c++20")
+        .define("USE_C10D_GLOO", None)
+        .include(source)
+        .include(&stand_ins)
+        .file(source.join("bridge.cpp"));
+    // As system headers: their warnings are not ours to mend.
+    for directory in [include.clone(), include.join("torch/csrc/api/include")] {
+        bridge.flag("-isystem").flag(&directory);
+    }
+    bridge
+        .try_compile("drift_collective")
+        .map_err(|e| format!("compile src/collective/bridge.cpp (a C++20 compiler is needed): {e}"))
+}
+
+fn write_stand_in(path: &Path) -> io::Result<()> {
+    if let Some(directory) = path.parent() {
+        fs::create_dir_all(directory)?;
+    }
+    fs::write(path, "#include \"gloo_declarations.hpp\"\n")
+}

@@ -1,0 +1,272 @@
+//! The thread that owns libtorch: one command at a time, each answered once.
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use tch::{Device, Kind};
+use tokio::sync::mpsc::UnboundedSender;
+
+use crate::collective::{ProcessGroup, Store};
+use crate::model::{Decoder, SavedFile};
+use crate::sample::{self, Progress, Sample, SampleError, sample_shard};
+use crate::train::{
+    MicroBatch, PairLogps, StepReport, TrainError, TrainStep, Trainer, TrainingSettings,
+};
+
+/// What the engine is told.
+#[derive(Debug)]
+pub(super) enum Command {
+    OpenGroup { store: Option<String>, timeout: Duration },
+    LoadModel { directory: PathBuf, kind: Kind },
+    Sample { number: u64, shard: sample::Shard },
+    Score { batch: u64, micro_batches: Vec<MicroBatch> },
+    BeginTraining(TrainingSettings),
+    TrainStep(TrainStep),
+    SaveState(PathBuf),
+    LoadState(PathBuf),
+    SaveModel(PathBuf),
+}
+
+/// What it tells.
+#[derive(Debug)]
+pub(super) enum Reply {
+    StoreListening(String),
+    Done,
+    ModelReady { parameters: u64 },
+    SampleProgress { shard: u64, tokens: u64, finished: u32 },
+    Sampled { shard: u64, samples: Vec<Sample>, seconds: f64 },
+    Scored { batch: u64, logps: Vec<PairLogps> },
+    Stepped { step: u64, report: StepReport, seconds: f64 },
+    StateSaved(Vec<SavedFile>),
+    ModelSaved(Vec<SavedFile>),
+    Failed(String),
+}
+
+/// Progress is told this often; each time costs a message.
+const PROGRESS_PERIOD: Duration = Duration::from_millis(500);
+
+/// A handle on the engine's thread.
+pub(super) struct Engine {
+    commands: Sender<Command>,
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+/// Where the engine stands among the others.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Place {
+    pub(super) generation: u64,
+    pub(super) rank: u32,
+    pub(super) world_size: u32,
+}
+
+impl Engine {
+    /// Starts the thread; its replies go to `replies`.
+    pub(super) fn start(
+        device: Device,
+        place: Place,
+        replies: UnboundedSender<Reply>,
+    ) -> std::io::Result<Self> {
+        let (commands, inbox) = channel();
+        let stop = Arc::new(AtomicBool::new(false));
+        let flag = Arc::clone(&stop);
+        let thread = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
+            let bench = Bench {
+                device,
+                place,
+                replies,
+                stop: flag,
+                trainer: None,
+                group: None,
+                _store: None,
+            };
+            bench.serve(&inbox);
+        })?;
+        Ok(Self { commands, stop, thread })
+    }
+
+    /// Queues a command.
+    pub(super) fn send(&self, command: Command) {
+        // A dead engine has told why in its last reply.
+        let _ = self.commands.send(command);
+    }
+
+    /// Stops at the running command's next check; true if the thread ended in time.
+    pub(super) fn stop(self, grace: Duration) -> bool {
+        self.stop.store(true, Ordering::Relaxed);
+        drop(self.commands);
+        let deadline = Instant::now() + grace;
+        while !self.thread.is_finished() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        self.thread.is_finished()
+    }
+}
+
+/// The engine's own side: everything that holds tensors.
+struct Bench {
+    device: Device,
+    place: Place,
+    replies: UnboundedSender<Reply>,
+    stop: Arc<AtomicBool>,
+    trainer: Option<Trainer>,
+    group: Option<ProcessGroup>,
+    /// Rank 0's store must outlive the group's rendezvous.
+    _store: Option<Store>,
+}
+
+impl Bench {
+    fn serve(mut self, inbox: &Receiver<Command>) {
+        for command in inbox {
+            if self.stopped() {
+                return;
+            }
+            let reply = self.carry_out(command).unwrap_or_else(|e| Reply::Failed(format!("{e:#}")));
+            if self.stopped() || self.replies.send(reply).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    fn carry_out(&mut self, command: Command) -> Result<Reply> {
+        match command {
+            Command::OpenGroup { store, timeout } => {
+                self.open_group(store, timeout).context("form the process group")
+            }
+            Command::LoadModel { directory, kind } => self
+                .load_model(&directory, kind)
+                .with_context(|| format!("load the model in {}", directory.display())),
+            Command::Sample { number, shard } => {
+                self.sample(number, &shard).with_context(|| format!("sample shard {number}"))
+            }
+            Command::Score { batch, micro_batches } => {
+                self.score(batch, &micro_batches).with_context(|| format!("score batch {batch}"))
+            }
+            Command::BeginTraining(settings) => {
+                let trainer = self.trainer.as_mut().context("no model is loaded")?;
+                trainer.begin(settings, self.group.as_ref()).context("begin training")?;
+                Ok(Reply::Done)
+            }
+            Command::TrainStep(step) => {
+                self.train(&step).with_context(|| format!("train step {}", step.step))
+            }
+            Command::SaveState(folder) => {
+                let files = self.trainer()?.save_state(&folder);
+                let place = || format!("save training state in {}", folder.display());
+                Ok(Reply::StateSaved(files.with_context(place)?))
+            }
+            Command::LoadState(folder) => {
+                let loaded = self.trainer()?.load_state(&folder);
+                loaded.with_context(|| format!("load training state from {}", folder.display()))?;
+                Ok(Reply::Done)
+            }
+            Command::SaveModel(folder) => {
+                let files = self.trainer()?.policy().save(&folder);
+                let place = || format!("save the model in {}", folder.display());
+                Ok(Reply::ModelSaved(files.with_context(place)?))
+            }
+        }
+    }
+
+    fn trainer(&mut self) -> Result<&mut Trainer> {
+        self.trainer.as_mut().context("no model is loaded")
+    }
+
+    fn open_group(&mut self, store: Option<String>, timeout: Duration) -> Result<Reply> {
+        const HOST: &str = "127.0.0.1";
+        let Place { generation, rank, world_size } = self.place;
+        let store = match store {
+            Some(address) => {
+                let (host, port) = address
+                    .rsplit_once(':')
+                    .with_context(|| format!("store address {address:?} is not HOST:PORT"))?;
+                let port = port.parse().with_context(|| format!("port of {address:?}"))?;
+                Store::connect(host, port, timeout)?
+            }
+            None if rank == 0 => {
+                let (store, port) = Store::listen(HOST)?;
+                self.tell(Reply::StoreListening(format!("{HOST}:{port}")));
+                store
+            }
+            None => bail!("rank {rank} got no store address"),
+        };
+        let group = ProcessGroup::gloo(&store, generation, rank, world_size, timeout, HOST)?;
+        self.group = Some(group);
+        self._store = Some(store);
+        Ok(Reply::Done)
+    }
+
+    fn load_model(&mut self, directory: &Path, kind: Kind) -> Result<Reply> {
+        // The old weights go first: two models need not fit.
+        self.trainer = None;
+        let decoder = Decoder::load(directory, kind, self.device)?;
+        let parameters = decoder
+            .blocks
+            .iter()
+            .flat_map(|block| block.parameters())
+            .chain(decoder.outer_parameters())
+            .map(|parameter| parameter.tensor.numel() as u64)
+            .sum();
+        self.trainer = Some(Trainer::new(decoder));
+        Ok(Reply::ModelReady { parameters })
+    }
+
+    fn sample(&mut self, number: u64, shard: &sample::Shard) -> Result<Reply> {
+        let began = Instant::now();
+        let mut told = began;
+        let (stop, replies) = (Arc::clone(&self.stop), self.replies.clone());
+        let mut observe = |progress: Progress| {
+            if told.elapsed() >= PROGRESS_PERIOD {
+                told = Instant::now();
+                let Progress { tokens, finished, .. } = progress;
+                let _ = replies.send(Reply::SampleProgress { shard: number, tokens, finished });
+            }
+            if stop.load(Ordering::Relaxed) {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        };
+        match sample_shard(self.trainer()?.policy(), shard, &mut observe) {
+            Ok(samples) => {
+                let seconds = began.elapsed().as_secs_f64();
+                Ok(Reply::Sampled { shard: number, samples, seconds })
+            }
+            Err(SampleError::Stopped) => bail!("stopped"),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn score(&mut self, batch: u64, micro_batches: &[MicroBatch]) -> Result<Reply> {
+        let stop = Arc::clone(&self.stop);
+        let logps = self.trainer()?.score(micro_batches, &|| stop.load(Ordering::Relaxed))?;
+        Ok(Reply::Scored { batch, logps })
+    }
+
+    fn train(&mut self, step: &TrainStep) -> Result<Reply> {
+        let began = Instant::now();
+        let stop = Arc::clone(&self.stop);
+        let trainer = self.trainer.as_mut().context("no model is loaded")?;
+        let report = trainer
+            .step(step, self.group.as_ref(), &|| stop.load(Ordering::Relaxed))
+            .map_err(|error| match error {
+                TrainError::Stopped => anyhow::anyhow!("stopped"),
+                other => other.into(),
+            })?;
+        Ok(Reply::Stepped { step: step.step, report, seconds: began.elapsed().as_secs_f64() })
+    }
+
+    fn tell(&self, reply: Reply) {
+        let _ = self.replies.send(reply);
+    }
+}

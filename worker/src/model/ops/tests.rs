@@ -1,0 +1,76 @@
+//! Each backward against autograd.
+
+use tch::{Device, Kind, Tensor};
+
+use super::{Linear, RmsNorm, swiglu, swiglu_backward};
+
+fn random(shape: &[i64]) -> Tensor {
+    Tensor::randn(shape, (Kind::Double, Device::Cpu))
+}
+
+/// Gradients of `(output · gradient).sum()` by `inputs`.
+fn autograd(output: &Tensor, gradient: &Tensor, inputs: &[&Tensor]) -> Vec<Tensor> {
+    Tensor::run_backward(&[(output * gradient).sum(Kind::Double)], inputs, false, false)
+}
+
+fn close(ours: &Tensor, theirs: &Tensor, bound: f64) {
+    assert_eq!(ours.size(), theirs.size());
+    let (ours, theirs) = (ours.to_kind(Kind::Double), theirs.to_kind(Kind::Double));
+    let difference = ((ours - &theirs).norm() / theirs.norm()).double_value(&[]);
+    assert!(difference < bound, "{difference:.1e}");
+}
+
+#[test]
+fn a_norms_backward_is_its_derivative() {
+    tch::manual_seed(1);
+    let (x, weight, gradient) = (random(&[5, 64]), random(&[64]), random(&[5, 64]));
+    let (x, weight) = (x.set_requires_grad(true), weight.set_requires_grad(true));
+    let y = x.rms_norm([64], Some(&weight), 1e-2);
+    let theirs = autograd(&y, &gradient, &[&x, &weight]);
+
+    for (kind, bound) in [(Kind::Float, 1e-6), (Kind::BFloat16, 1e-2)] {
+        let cast = |tensor: &Tensor| tensor.detach().to_kind(kind);
+        let (x, weight, gradient) = (cast(&x), cast(&weight), cast(&gradient));
+        let norm = RmsNorm { weight: &weight, eps: 1e-2 };
+        let output = x.empty_like();
+        let ours = norm.backward(&x, &gradient, &output).unwrap();
+        close(&ours.by_input, &theirs[0], bound);
+        close(&ours.by_weight, &theirs[1], bound);
+        close(&output, &y.detach(), bound);
+    }
+}
+
+#[test]
+fn a_gates_backward_is_its_derivative() {
+    tch::manual_seed(2);
+    let gate_up = random(&[5, 32]).set_requires_grad(true);
+    let gradient = random(&[5, 16]);
+    let parts = gate_up.chunk(2, 1);
+    let activated = parts[0].silu() * &parts[1];
+    let theirs = autograd(&activated, &gradient, &[&gate_up]);
+
+    let ours = gate_up.detach().to_kind(Kind::Float).copy();
+    close(&swiglu(&ours).unwrap(), &activated.detach(), 1e-6);
+    let again = Tensor::empty([5, 16], (Kind::Float, Device::Cpu));
+    swiglu_backward(&ours, &gradient.to_kind(Kind::Float), &again).unwrap();
+    close(&ours, &theirs[0], 1e-6);
+    close(&again, &activated.detach(), 1e-6);
+}
+
+#[test]
+fn a_linear_layers_backward_is_its_derivative() {
+    tch::manual_seed(3);
+    let (x, weight, bias) = (random(&[5, 8]), random(&[6, 8]), random(&[6]));
+    let [x, weight, bias] = [x, weight, bias].map(|leaf| leaf.set_requires_grad(true));
+    let gradient = random(&[5, 6]);
+    let y = x.linear(&weight, Some(&bias));
+    let theirs = autograd(&y, &gradient, &[&x, &weight, &bias]);
+
+    let cast = |tensor: &Tensor| tensor.detach().to_kind(Kind::Float);
+    let (x, weight, bias, gradient) = (cast(&x), cast(&weight), cast(&bias), cast(&gradient));
+    let layer = Linear { weight: &weight, bias: Some(&bias) };
+    close(&layer.forward(&x).unwrap(), &y.detach(), 1e-6);
+    close(&layer.backward(&gradient).unwrap(), &theirs[0], 1e-6);
+    close(&Linear::by_weight(&gradient, &x).unwrap(), &theirs[1], 1e-6);
+    close(&Linear::by_bias(&gradient).unwrap(), &theirs[2], 1e-6);
+}

@@ -1,0 +1,194 @@
+//! libtorch's fused attention, forward and backward, on either kind of device.
+//!
+//! The one operation whose derivative is not written out here: both directions are
+//! fused kernels of libtorch's. On a CPU they are called as such, and nothing is
+//! kept but a number per query; elsewhere libtorch chooses the kernel, and autograd
+//! remembers which.
+
+use tch::{Device, TchError, Tensor};
+
+use super::attention::Qkv;
+
+/// What one call leaves for its backward.
+#[derive(Debug)]
+pub(super) enum Kernel {
+    /// Log of the softmax's denominator, `[1, heads, queries]`, fp32.
+    Flash(Tensor),
+    /// Leaves and output of a recorded graph, `[1, heads, tokens, head_dim]` each.
+    Recorded {
+        /// Queries, keys and values.
+        leaves: [Tensor; 3],
+        output: Tensor,
+    },
+}
+
+impl Kernel {
+    /// Attends, causally where there is no `mask`; to `attended`, `[queries, heads,
+    /// head_dim]`. `mask`, `[queries, keys]`, is added to the scores.
+    pub(super) fn forward(
+        qkv: &Qkv,
+        mask: Option<&Tensor>,
+        attended: &Tensor,
+    ) -> Result<Self, TchError> {
+        match attended.device() {
+            Device::Cpu => Self::flash(qkv, mask, attended),
+            _ => Self::recorded(qkv, mask, attended),
+        }
+    }
+
+    fn flash(qkv: &Qkv, mask: Option<&Tensor>, attended: &Tensor) -> Result<Self, TchError> {
+        let group = group(qkv);
+        let (output, log_sum_exp) = Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu(
+            &head_major(&qkv.queries)?,
+            &repeated(&qkv.keys, group)?,
+            &repeated(&qkv.values, group)?,
+            0.0,
+            mask.is_none(),
+            mask,
+            None,
+        )?;
+        attended.shallow_clone().f_copy_(&token_major(&output)?)?;
+        Ok(Self::Flash(log_sum_exp))
+    }
+
+    fn recorded(qkv: &Qkv, mask: Option<&Tensor>, attended: &Tensor) -> Result<Self, TchError> {
+        let leaf =
+            |x: &Tensor| Ok::<_, TchError>(head_major(x)?.f_detach()?.set_requires_grad(true));
+        let leaves = [leaf(&qkv.queries)?, leaf(&qkv.keys)?, leaf(&qkv.values)?];
+        let [queries, keys, values] = &leaves;
+        let output = tch::with_grad(|| {
+            Tensor::f_scaled_dot_product_attention(
+                queries,
+                keys,
+                values,
+                mask,
+                0.0,
+                mask.is_none(),
+                None::<f64>,
+                group(qkv) > 1,
+            )
+        })?;
+        attended.shallow_clone().f_copy_(&token_major(&output.f_detach()?)?)?;
+        Ok(Self::Recorded { leaves, output })
+    }
+
+    /// Gradients by what went in, given that by what came out, `gradient`
+    /// (`[queries, heads, head_dim]`).
+    pub(super) fn backward(
+        self,
+        qkv: &Qkv,
+        mask: Option<&Tensor>,
+        attended: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<Qkv, TchError> {
+        let gradient = head_major(gradient)?;
+        match self {
+            Self::Flash(log_sum_exp) => {
+                let group = group(qkv);
+                let (queries, keys, values) =
+                    Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu_backward(
+                        &gradient,
+                        &head_major(&qkv.queries)?,
+                        &repeated(&qkv.keys, group)?,
+                        &repeated(&qkv.values, group)?,
+                        &head_major(attended)?,
+                        &log_sum_exp,
+                        0.0,
+                        mask.is_none(),
+                        mask,
+                        None,
+                    )?;
+                Ok(Qkv {
+                    queries: token_major(&queries)?,
+                    keys: summed(&keys, group)?,
+                    values: summed(&values, group)?,
+                })
+            }
+            Self::Recorded { leaves, output } => {
+                // The engine starts from ones, and the product with a constant makes them
+                // `gradient`.
+                let weighted = tch::with_grad(|| output.f_mul(&gradient))?;
+                let by = Tensor::f_run_backward(&[weighted], &leaves, false, false)?;
+                Ok(Qkv {
+                    queries: token_major(&by[0])?,
+                    keys: token_major(&by[1])?,
+                    values: token_major(&by[2])?,
+                })
+            }
+        }
+    }
+}
+
+/// Query heads to a head of keys and values.
+fn group(qkv: &Qkv) -> i64 {
+    qkv.queries.size()[1] / qkv.keys.size()[1]
+}
+
+/// `[tokens, heads, head_dim]` → `[1, heads, tokens, head_dim]`, as libtorch wants it: a view.
+fn head_major(x: &Tensor) -> Result<Tensor, TchError> {
+    x.f_transpose(0, 1)?.f_unsqueeze(0)
+}
+
+/// And back.
+fn token_major(x: &Tensor) -> Result<Tensor, TchError> {
+    x.f_squeeze_dim(0)?.f_transpose(0, 1)
+}
+
+/// As [`head_major`], each head as often as it is asked.
+fn repeated(x: &Tensor, group: i64) -> Result<Tensor, TchError> {
+    let x = head_major(x)?;
+    if group == 1 { Ok(x) } else { x.f_repeat_interleave_self_int(group, 1, None) }
+}
+
+/// Back from [`repeated`]: `[1, heads · group, tokens, head_dim]` → `[tokens, heads, head_dim]`.
+fn summed(x: &Tensor, group: i64) -> Result<Tensor, TchError> {
+    if group == 1 {
+        return token_major(x);
+    }
+    let x = x.f_unflatten(1, [x.size()[1] / group, group])?;
+    token_major(&x.f_sum_dim_intlist(2, false, None)?)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use tch::Kind;
+
+    use super::*;
+
+    /// The fused kernels by hand and by autograd: the same numbers.
+    #[test]
+    fn both_ways_agree_with_and_without_a_mask_and_groups() {
+        tch::manual_seed(4);
+        let random = |heads: i64, tokens: i64| {
+            Tensor::randn([tokens, heads, 16], (Kind::Float, Device::Cpu))
+        };
+        for (heads, kv_heads) in [(4, 4), (6, 2)] {
+            for masked in [false, true] {
+                let keys = if masked { 9 } else { 5 };
+                let mask = masked.then(|| {
+                    Tensor::full([5, keys], f64::NEG_INFINITY, (Kind::Float, Device::Cpu)).triu(5)
+                });
+                let qkv = Qkv {
+                    queries: random(heads, 5),
+                    keys: random(kv_heads, keys),
+                    values: random(kv_heads, keys),
+                };
+                let gradient = random(heads, 5);
+                let run =
+                    |forward: fn(&Qkv, Option<&Tensor>, &Tensor) -> Result<Kernel, TchError>| {
+                        let attended = gradient.empty_like();
+                        let kernel = forward(&qkv, mask.as_ref(), &attended).unwrap();
+                        let by =
+                            kernel.backward(&qkv, mask.as_ref(), &attended, &gradient).unwrap();
+                        [attended, by.queries, by.keys, by.values]
+                    };
+                for (ours, theirs) in run(Kernel::flash).iter().zip(&run(Kernel::recorded)) {
+                    assert_eq!(ours.size(), theirs.size());
+                    let difference = ((ours - theirs).norm() / theirs.norm()).double_value(&[]);
+                    assert!(difference < 1e-6, "{heads}/{kv_heads} {masked}: {difference:.1e}");
+                }
+            }
+        }
+    }
+}
