@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Result;
-use drift_worker::model::ModelConfig;
+use drift_worker::model::{ModelConfig, product_kind};
 use drift_worker::train::TokenPair;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -48,7 +48,8 @@ pub(crate) struct RateJob {
     pub(crate) rows: usize,
 }
 
-/// bf16 operations per second.
+/// Operations per second on bf16 matrices; on fp32 ones where the processor has no
+/// instructions for bf16, and an engine does best to widen them.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Rate {
     /// Over the model's own products, mixed as an iteration mixes them.
@@ -182,7 +183,7 @@ impl Product {
 }
 
 fn random(rows: i64, columns: i64) -> Tensor {
-    Tensor::randn([rows, columns], (Kind::BFloat16, Device::Cpu))
+    Tensor::randn([rows, columns], (product_kind(Kind::BFloat16, Device::Cpu), Device::Cpu))
 }
 
 fn fastest(product: impl Fn() -> Tensor) -> f64 {

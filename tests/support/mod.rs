@@ -2,6 +2,7 @@
 
 pub(crate) mod training;
 
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -101,7 +102,10 @@ pub(crate) fn resume(run: &Path) -> Command {
 
 /// What a finished program left.
 pub(crate) struct Ended {
+    /// Exit status; none where a signal ended it.
     pub(crate) code: Option<i32>,
+    /// The signal that ended it.
+    pub(crate) signal: Option<i32>,
     pub(crate) stdout: String,
     pub(crate) stderr: String,
 }
@@ -111,6 +115,7 @@ pub(crate) fn ended(mut command: Command) -> Ended {
     let output = command.output().unwrap();
     Ended {
         code: output.status.code(),
+        signal: output.status.signal(),
         stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
         stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
     }
@@ -145,7 +150,12 @@ pub(crate) fn signalled_at(mut command: Command, line: &str, signal: &str) -> Op
         log.push('\n');
     }
     let status = child.wait().unwrap();
-    sent.then_some(Ended { code: status.code(), stdout: String::new(), stderr: log })
+    sent.then_some(Ended {
+        code: status.code(),
+        signal: status.signal(),
+        stdout: String::new(),
+        stderr: log,
+    })
 }
 
 /// Processes whose command line holds `part`.

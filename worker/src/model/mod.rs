@@ -21,6 +21,7 @@ pub use decoder::{Block, Decoder, Parameter};
 pub use error::ModelError;
 pub use layout::Part;
 pub(crate) use layout::PerBlock;
+pub use ops::product_kind;
 pub use rope::{RopeConfig, RopeScaling, Rotary};
 pub use save::SavedFile;
 pub(crate) use save::{write_file, write_tensor};

@@ -8,8 +8,9 @@ use tch::{Kind, TchError, Tensor};
 use super::error::TrainError;
 use super::packing::{Packed, Rows};
 use crate::model::Decoder;
+use crate::model::ops::{operand, product_kind};
 
-/// Logits in existence at once, in bytes of the kind that the model computes in.
+/// Logits in existence at once, in bytes of the kind that matrices are multiplied in.
 const LOGITS_BYTES: i64 = 64 << 20;
 
 /// fp32 logits in existence at once, in bytes: few enough to stay in cache
@@ -61,7 +62,7 @@ impl<'a> Head<'a> {
         let mut logps = Vec::new();
         for chunk in self.chunks() {
             self.check_stop()?;
-            let logits = chunk.of(normed)?.f_matmul(&weight.f_tr()?)?;
+            let logits = logits(&chunk.of(normed)?, &weight)?;
             let targets = chunk.of(&self.packed.targets)?;
             for rows in pieces(&logits) {
                 logps.push(log_probabilities(&rows.of(&logits)?, &rows.of(&targets)?)?);
@@ -90,7 +91,7 @@ impl<'a> Head<'a> {
         for chunk in self.chunks() {
             self.check_stop()?;
             let normed = chunk.of(normed)?;
-            let logits = normed.f_matmul(&weight.f_tr()?)?;
+            let logits = logits(&normed, &weight)?;
             let targets = chunk.of(&self.packed.targets)?;
             let coefficients = chunk.of(coefficients)?;
             for rows in pieces(&logits) {
@@ -99,7 +100,7 @@ impl<'a> Head<'a> {
                 // In place: from here on `logits` holds the gradient by them.
                 rows.of(&logits)?.f_copy_(&by_logits(&piece, &targets, &coefficients)?)?;
             }
-            chunk.of(&gradient)?.f_copy_(&logits.f_matmul(&weight)?)?;
+            chunk.of(&gradient)?.f_copy_(&by_normed(&logits, &weight)?)?;
             let by_word = logits.f_tr()?;
             for words in Rows::cover(by_word.size()[0], WORDS) {
                 add_to_weight(words, &words.of(&by_word)?, &normed)?;
@@ -110,13 +111,46 @@ impl<'a> Head<'a> {
 
     fn chunks(&self) -> impl Iterator<Item = Rows> + use<> {
         let weight = self.policy.head_weight();
-        let row_bytes = weight.size()[0] * weight.kind().elt_size_in_bytes() as i64;
+        let kind = product_kind(weight.kind(), weight.device());
+        let row_bytes = weight.size()[0] * kind.elt_size_in_bytes() as i64;
         Rows::cover(self.packed.rows, LOGITS_BYTES / row_bytes)
     }
 
     fn check_stop(&self) -> Result<(), TrainError> {
         if (self.stop)() { Err(TrainError::Stopped) } else { Ok(()) }
     }
+}
+
+/// `normed` (`[rows, hidden]`) times `weight`ᵀ (`[vocab, hidden]`), `[rows, vocab]`, in
+/// the kind in which matrices are multiplied. A weight that must be widened for it is so
+/// a few words at a time.
+fn logits(normed: &Tensor, weight: &Tensor) -> Result<Tensor, TchError> {
+    let kind = product_kind(weight.kind(), weight.device());
+    if kind == weight.kind() {
+        return normed.f_matmul(&weight.f_tr()?);
+    }
+    let normed = operand(normed)?;
+    let words = weight.size()[0];
+    let logits = Tensor::f_empty([normed.size()[0], words], (kind, weight.device()))?;
+    for words in Rows::cover(words, WORDS) {
+        let some = operand(&words.of(weight)?)?.f_tr()?;
+        let _ = normed.f_matmul_out(&logits.f_narrow(1, words.start, words.length)?, &some)?;
+    }
+    Ok(logits)
+}
+
+/// `by_logits` (`[rows, vocab]`) times `weight` (`[vocab, hidden]`), `[rows, hidden]`.
+fn by_normed(by_logits: &Tensor, weight: &Tensor) -> Result<Tensor, TchError> {
+    if by_logits.kind() == weight.kind() {
+        return by_logits.f_matmul(weight);
+    }
+    let shape = [by_logits.size()[0], weight.size()[1]];
+    let mut sum = Tensor::f_zeros(shape, (by_logits.kind(), weight.device()))?;
+    for words in Rows::cover(weight.size()[0], WORDS) {
+        let some = by_logits.f_narrow(1, words.start, words.length)?;
+        let _ = sum.f_addmm_(&some, &operand(&words.of(weight)?)?)?;
+    }
+    Ok(sum)
 }
 
 /// Mean of `weight`'s rows, `[hidden]`, in fp32, without making all of it fp32.

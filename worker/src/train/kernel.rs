@@ -8,6 +8,7 @@
 use tch::{Device, TchError, Tensor};
 
 use super::attention::Qkv;
+use crate::model::ops::operands;
 
 /// What one call leaves for its backward.
 #[derive(Debug)]
@@ -24,7 +25,8 @@ pub(super) enum Kernel {
 
 impl Kernel {
     /// Attends, causally where there is no `mask`; to `attended`, `[queries, heads,
-    /// head_dim]`. `mask`, `[queries, keys]`, is added to the scores.
+    /// head_dim]`. `mask`, `[queries, keys]`, is added to the scores; it is of the kind in
+    /// which matrices are multiplied.
     pub(super) fn forward(
         qkv: &Qkv,
         mask: Option<&Tensor>,
@@ -38,10 +40,11 @@ impl Kernel {
 
     fn flash(qkv: &Qkv, mask: Option<&Tensor>, attended: &Tensor) -> Result<Self, TchError> {
         let group = group(qkv);
+        let [queries, keys, values] = operands([&qkv.queries, &qkv.keys, &qkv.values])?;
         let (output, log_sum_exp) = Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu(
-            &head_major(&qkv.queries)?,
-            &repeated(&qkv.keys, group)?,
-            &repeated(&qkv.values, group)?,
+            &head_major(&queries)?,
+            &repeated(&keys, group)?,
+            &repeated(&values, group)?,
             0.0,
             mask.is_none(),
             mask,
@@ -81,17 +84,18 @@ impl Kernel {
         attended: &Tensor,
         gradient: &Tensor,
     ) -> Result<Qkv, TchError> {
-        let gradient = head_major(gradient)?;
         match self {
             Self::Flash(log_sum_exp) => {
                 let group = group(qkv);
+                let [queries, keys, values] = operands([&qkv.queries, &qkv.keys, &qkv.values])?;
+                let [attended, gradient] = operands([attended, gradient])?;
                 let (queries, keys, values) =
                     Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu_backward(
-                        &gradient,
-                        &head_major(&qkv.queries)?,
-                        &repeated(&qkv.keys, group)?,
-                        &repeated(&qkv.values, group)?,
-                        &head_major(attended)?,
+                        &head_major(&gradient)?,
+                        &head_major(&queries)?,
+                        &repeated(&keys, group)?,
+                        &repeated(&values, group)?,
+                        &head_major(&attended)?,
                         &log_sum_exp,
                         0.0,
                         mask.is_none(),
@@ -107,7 +111,7 @@ impl Kernel {
             Self::Recorded { leaves, output } => {
                 // The engine starts from ones, and the product with a constant makes them
                 // `gradient`.
-                let weighted = tch::with_grad(|| output.f_mul(&gradient))?;
+                let weighted = tch::with_grad(|| output.f_mul(&head_major(gradient)?))?;
                 let by = Tensor::f_run_backward(&[weighted], &leaves, false, false)?;
                 Ok(Qkv {
                     queries: token_major(&by[0])?,

@@ -6,6 +6,7 @@ use tch::{Device, Kind, TchError, Tensor};
 
 use super::error::TrainError;
 use super::types::{MicroBatch, TokenPair};
+use crate::model::ops::product_kind;
 
 /// Where a pair's tokens stand among the packed ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,7 +114,7 @@ impl Packed {
             predictors.push(last_of_prompt);
             predictors.extend(rejected_start..rejected_start + span.rejected - 1);
             targets.extend(pair.chosen.iter().chain(&pair.rejected).copied().map(i64::from));
-            rejected_masks.push(rejected_mask(&span, kind, device)?);
+            rejected_masks.push(rejected_mask(&span, product_kind(kind, device), device)?);
             spans.push(span);
         }
         let tensor = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(device);

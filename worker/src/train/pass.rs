@@ -13,6 +13,7 @@ use super::parameters::{Buckets, Place};
 use super::trace::Tracer;
 use super::types::Recompute;
 use crate::collective::ProcessGroup;
+use crate::model::ops::operands;
 use crate::model::{Block, Decoder, Rotary};
 
 /// The policy on one micro-batch: what scoring and training have in common.
@@ -149,9 +150,10 @@ impl Pass<'_> {
         let by_normed = head.backward(normed, &coefficients, |words, left, right| {
             sink.gradients.add_in_place(sink.buckets, place, |sum| {
                 let mut sum = words.of(sum)?;
+                let [left, right] = operands([left, right])?;
                 match right.kind() {
-                    Kind::Float => sum.f_addmm_(left, right).map(drop),
-                    _ => sum.f_add_(&left.f_mm(right)?).map(drop),
+                    Kind::Float => sum.f_addmm_(&left, &right).map(drop),
+                    _ => sum.f_add_(&left.f_mm(&right)?).map(drop),
                 }
             })
         })?;

@@ -7,7 +7,8 @@ use serde_json::json;
 use tracing::{info, warn};
 
 use super::{
-    Command, Driver, Effect, Finished, Iteration, ModelSource, PairRef, Rank, publish, unix_seconds,
+    Command, Driver, Effect, Finished, Iteration, ModelSource, PairRef, Rank, fault, publish,
+    unix_seconds,
 };
 use crate::domain::{Epoch, PairRow, PromptId, Step};
 use crate::run::machine::{ReductionSeconds, SnapshotKind};
@@ -164,6 +165,7 @@ impl Driver {
         self.session.journal.commit(&commit)?;
         self.view.ended();
         info!(iteration = iteration.0, phase = %phase, epoch = epoch.map(|e| e.0), "committed");
+        fault::at("committed");
         match phase {
             CommittedPhase::Trained => self.metrics = None,
             CommittedPhase::Evaluated => {

@@ -5,6 +5,7 @@
 //! results come back as events.
 
 mod carry;
+mod fault;
 mod prepare;
 mod publish;
 mod resume;

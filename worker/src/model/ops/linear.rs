@@ -2,6 +2,8 @@
 
 use tch::{Kind, TchError, Tensor};
 
+use super::product::{operand, operands};
+
 /// A linear layer over `[rows, in]`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Linear<'a> {
@@ -12,19 +14,23 @@ pub(crate) struct Linear<'a> {
 }
 
 impl Linear<'_> {
-    /// `x` (`[rows, in]`) → `[rows, out]`.
+    /// `x` (`[rows, in]`) → `[rows, out]`, of x's kind.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor, TchError> {
-        x.f_linear(self.weight, self.bias)
+        let [input, weight] = operands([x, self.weight])?;
+        let bias = self.bias.map(operand).transpose()?;
+        input.f_linear(&weight, bias)?.f_to_kind(x.kind())
     }
 
     /// Gradient by x, `[rows, in]`, given that by y, `[rows, out]`: dy W.
     pub(crate) fn backward(&self, gradient: &Tensor) -> Result<Tensor, TchError> {
-        gradient.f_mm(self.weight)
+        let [by_output, weight] = operands([gradient, self.weight])?;
+        by_output.f_mm(&weight)?.f_to_kind(gradient.kind())
     }
 
-    /// Gradient by W, `[out, in]`: dyᵀ x.
+    /// Gradient by W, `[out, in]`: dyᵀ x. Where it is summed in fp32 it stays so.
     pub(crate) fn by_weight(gradient: &Tensor, x: &Tensor) -> Result<Tensor, TchError> {
-        gradient.f_tr()?.f_mm(x)
+        let [by_output, input] = operands([gradient, x])?;
+        by_output.f_tr()?.f_mm(&input)
     }
 
     /// Gradient by b, `[out]`, in fp32.
