@@ -10,7 +10,7 @@ MAKEFLAGS += --no-builtin-rules
 PYTHON ?= python3
 WORKERS ?= 2
 # Benchmarks for `make bench` to run: all of them, or some.
-ONLY ?= dpo scaling
+ONLY ?= dpo sample scaling
 # More flags for `make demo`, such as ARGS="--set seed=7", or for `make bench`,
 # such as ONLY=dpo ARGS="--mix even --skip-peer".
 ARGS ?=
@@ -76,7 +76,7 @@ build: setup ## compile coordinator and worker
 demo: build ## train the demo model for two iterations, on this machine's CPU
 	@target/release/coordinator --workers $(WORKERS) $(ARGS)
 
-bench: build ## measure the training engine beside TRL, and two workers beside one
+bench: build ## measure the engines beside TRL and transformers, and two workers beside one
 	@for benchmark in $(ONLY); do
 		target/release/bench $$benchmark $(ARGS)
 	done

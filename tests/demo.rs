@@ -1,7 +1,7 @@
 //! The embedded default, end to end.
 
 use drift_worker::model::Decoder;
-use drift_worker::sample::{Prompt, SamplingParams, Shard, sample_shard};
+use drift_worker::sample::{Prompt, SamplingEngine, SamplingParams, Shard, sample_shard};
 use std::ops::ControlFlow;
 use tch::{Device, Kind};
 
@@ -40,10 +40,11 @@ fn demo_trains_a_model_that_transformers_loads() {
         iteration: 0,
         params: SamplingParams {
             temperature: 0.0,
-            top_p: 1.0,
             max_new_tokens: 32,
             stop_ids: ids(&reply["stop_ids"]),
+            ..SamplingParams::default()
         },
+        engine: SamplingEngine::default(),
         prompts: reply["prompts"]
             .as_array()
             .unwrap()

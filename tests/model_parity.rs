@@ -3,10 +3,9 @@
 use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::time::Instant;
 
 use drift_worker::model::Decoder;
-use drift_worker::sample::{Prompt, Sample, SamplingParams, Shard, sample_shard};
+use drift_worker::sample::{Prompt, Sample, SamplingEngine, SamplingParams, Shard, sample_shard};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
@@ -101,40 +100,6 @@ fn saved_checkpoints_load_in_transformers() {
     }
 }
 
-/// Compare with `generate` of transformers, which gave 61 to 78 tokens/s in
-/// all on two quiet cores.
-#[test]
-#[ignore = "measures; wants a quiet machine"]
-fn sampling_speed() {
-    tch::set_num_threads(2);
-    let model = Decoder::load(&demo_model(), Kind::BFloat16, Device::Cpu).unwrap();
-    let tokens = |i: u64| (0..305).map(|at| ((i * 7919 + at * 104_729) % 49_000) as u32).collect();
-    let prompts = (0..16).map(|i| Prompt { prompt: i, index: 0, tokens: tokens(i) }).collect();
-    let params =
-        SamplingParams { temperature: 0.7, top_p: 0.9, max_new_tokens: 64, stop_ids: vec![] };
-    let shard = Shard { seed: 42, iteration: 1, params, prompts };
-    for _ in 0..3 {
-        let start = Instant::now();
-        let mut prefilled = None;
-        let samples = sample_shard(&model, &shard, &mut |progress| {
-            if progress.tokens == 16 {
-                prefilled = Some(start.elapsed().as_secs_f64());
-            }
-            ControlFlow::Continue(())
-        })
-        .unwrap();
-        let (all, prefill) = (start.elapsed().as_secs_f64(), prefilled.unwrap());
-        let drawn: usize = samples.iter().map(|sample| sample.tokens.len()).sum();
-        assert_eq!(drawn, 16 * 64);
-        eprintln!(
-            "16 prompts of 305 tokens: {:.0} tokens/s in all; prefill {:.0}, decoding {:.0} tokens/s",
-            drawn as f64 / all,
-            16.0 * 305.0 / prefill,
-            (drawn - 16) as f64 / (all - prefill),
-        );
-    }
-}
-
 /// Runs the reference script, says who answered, and returns the answer.
 fn ask(arguments: &[&str]) -> Value {
     let output = python("model_reference.py", arguments);
@@ -171,12 +136,18 @@ fn logits(model: &Decoder, ids: &Tensor) -> Tensor {
 
 fn greedy(model: &Decoder, prompts: &[Vec<u32>], stop_ids: &Value) -> Vec<Sample> {
     let stop_ids = serde_json::from_value(stop_ids.clone()).unwrap();
-    let params = SamplingParams { temperature: 0.0, top_p: 1.0, max_new_tokens: 64, stop_ids };
+    let params = SamplingParams {
+        temperature: 0.0,
+        max_new_tokens: 64,
+        stop_ids,
+        ..SamplingParams::default()
+    };
     let prompts = prompts.iter().enumerate();
     let prompts = prompts
         .map(|(i, tokens)| Prompt { prompt: i as u64, index: 0, tokens: tokens.clone() })
         .collect();
-    let shard = Shard { seed: 0, iteration: 0, params, prompts };
+    let engine = SamplingEngine::default();
+    let shard = Shard { seed: 0, iteration: 0, params, engine, prompts };
     sample_shard(model, &shard, &mut |_| ControlFlow::Continue(())).unwrap()
 }
 

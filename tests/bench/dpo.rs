@@ -11,7 +11,7 @@ use crate::job::{Ids, Job, Recipe, Run};
 use crate::machine;
 use crate::mix::{Mix, responses, tokens};
 use crate::options::DpoOptions;
-use crate::process::{start_ours, start_trl};
+use crate::process::{start_ours, start_python};
 use crate::report::{self, Report};
 
 /// What was measured on one mix.
@@ -55,6 +55,7 @@ fn measure(options: &DpoOptions, config: &ModelConfig, mix: Mix) -> Result<Measu
     let job = Job {
         model: options.model.clone(),
         threads: options.threads,
+        dtype: options.dtype(),
         pairs: pairs.iter().map(Ids::from).collect(),
         batch: options.batch,
         recipe: Recipe::default(),
@@ -72,7 +73,8 @@ fn measure(options: &DpoOptions, config: &ModelConfig, mix: Mix) -> Result<Measu
         trl: Vec::new(),
         trl_checkpointing: Vec::new(),
     };
-    let trl = |job: &Job| start_trl(job, options.threads, options.tune_peer)?.answer();
+    let trl =
+        |job: &Job| start_python("trl_dpo.py", job, options.threads, options.tune_peer)?.answer();
     for round in 0..options.rounds {
         let say = |what: &str, run: &Run| {
             eprintln!("{} {}/{}: {what}: {}", mix.name(), round + 1, options.rounds, told(run));
@@ -122,6 +124,7 @@ fn rate_job(options: &DpoOptions, pairs: &[TokenPair]) -> RateJob {
     RateJob {
         model: options.model.clone(),
         threads: options.threads,
+        dtype: options.dtype(),
         tokens: all / passes,
         rows: rows / passes,
     }

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::mix::{responses, tokens};
+use crate::options::DType;
 
 /// Each product is timed this often; the fastest counts.
 const REPEATS: usize = 7;
@@ -42,14 +43,15 @@ pub(crate) struct Operations {
 pub(crate) struct RateJob {
     pub(crate) model: PathBuf,
     pub(crate) threads: usize,
+    pub(crate) dtype: DType,
     /// Packed tokens of one pass.
     pub(crate) tokens: usize,
     /// Response tokens of one pass.
     pub(crate) rows: usize,
 }
 
-/// Operations per second on bf16 matrices; on fp32 ones where the processor has no
-/// instructions for bf16, and an engine does best to widen them.
+/// Operations per second on matrices of a run's kind; of fp32 for bf16 where the processor
+/// has no instructions for it, and an engine does best to widen.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Rate {
     /// Over the model's own products, mixed as an iteration mixes them.
@@ -132,6 +134,7 @@ fn block_products(config: &ModelConfig, rows: usize) -> [Product; 4] {
 pub(crate) fn measure(job: &RateJob) -> Result<Rate> {
     tch::set_num_threads(job.threads as i32);
     let config = ModelConfig::read(&job.model)?;
+    let kind = product_kind(job.dtype.kind(), Device::Cpu);
     let mut products = Vec::from(block_products(&config, job.tokens));
     let head_rows = job.rows.min(HEAD_ROWS);
     products.push(Product {
@@ -144,7 +147,7 @@ pub(crate) fn measure(job: &RateJob) -> Result<Rate> {
     let (mut rates, mut operations, mut seconds) = (Vec::new(), 0.0, 0.0);
     for product in products {
         let once = 2.0 * product.rows as f64 * (product.inputs * product.outputs) as f64;
-        let [forward, by_input, by_weight] = product.seconds();
+        let [forward, by_input, by_weight] = product.seconds(kind);
         operations += product.count * 4.0 * once;
         // Forward twice, once for the reference.
         seconds += product.count * (2.0 * forward + by_input + by_weight);
@@ -158,7 +161,7 @@ pub(crate) fn measure(job: &RateJob) -> Result<Rate> {
             by_weight: once / by_weight,
         });
     }
-    let square = random(2048, 2048);
+    let square = random(2048, 2048, kind);
     let square_seconds = fastest(|| square.matmul(&square));
     Ok(Rate {
         model_shapes: operations / seconds,
@@ -169,11 +172,11 @@ pub(crate) fn measure(job: &RateJob) -> Result<Rate> {
 
 impl Product {
     /// Seconds of the forward product, and of those for the gradients by input and weight.
-    fn seconds(&self) -> [f64; 3] {
+    fn seconds(&self, kind: Kind) -> [f64; 3] {
         let rows = self.rows as i64;
-        let x = random(rows, self.inputs);
-        let weight = random(self.outputs, self.inputs);
-        let gradient = random(rows, self.outputs);
+        let x = random(rows, self.inputs, kind);
+        let weight = random(self.outputs, self.inputs, kind);
+        let gradient = random(rows, self.outputs, kind);
         [
             fastest(|| x.matmul(&weight.tr())),
             fastest(|| gradient.matmul(&weight)),
@@ -182,8 +185,8 @@ impl Product {
     }
 }
 
-fn random(rows: i64, columns: i64) -> Tensor {
-    Tensor::randn([rows, columns], (product_kind(Kind::BFloat16, Device::Cpu), Device::Cpu))
+fn random(rows: i64, columns: i64, kind: Kind) -> Tensor {
+    Tensor::randn([rows, columns], (kind, Device::Cpu))
 }
 
 fn fastest(product: impl Fn() -> Tensor) -> f64 {

@@ -10,13 +10,14 @@ use drift_worker::train::{
 use serde::{Deserialize, Serialize};
 
 use crate::mix::tokens;
-use crate::options::EngineOptions;
+use crate::options::{DType, EngineOptions};
 
 /// One run of either side. `trl_dpo.py` reads the same file.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Job {
     pub(crate) model: PathBuf,
     pub(crate) threads: usize,
+    pub(crate) dtype: DType,
     pub(crate) pairs: Vec<Ids>,
     /// Pairs of one optimiser step.
     pub(crate) batch: usize,

@@ -4,10 +4,13 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use drift_worker::model::product_kind;
 use serde::{Deserialize, Serialize};
+use tch::{Device, Kind};
 
 use crate::mix::Mix;
 use crate::process::root;
+use crate::sample::Setting;
 
 /// Measures DRIFT's training engine on this machine.
 ///
@@ -23,8 +26,8 @@ pub(crate) struct Arguments {
 pub(crate) enum Benchmark {
     /// DPO training: ours beside TRL's DPOTrainer, in interleaved runs.
     ///
-    /// Both sides get the same weights in bf16, the same token ids, the same batches
-    /// and as many threads, and do all of an iteration's training work on the pairs:
+    /// Both sides get the same weights, the same token ids, the same batches and as
+    /// many threads, and do all of an iteration's training work on the pairs:
     /// reference log-probabilities and optimiser steps. Starting a process and loading
     /// a model are not timed. Figures are medians over rounds; they are printed, and
     /// written to target/bench/dpo.json with every single run.
@@ -35,12 +38,24 @@ pub(crate) enum Benchmark {
     /// speed-up, and the share of the time that gradients take to be summed which is
     /// hidden behind computation. Written to target/bench/scaling.json.
     Scaling(ScalingOptions),
+    /// Sampling: ours beside transformers' `generate`, in interleaved runs.
+    ///
+    /// Both sides get the same weights and prompts, the recipe's distribution, replies
+    /// that end where the model ends them, and as many threads. Figures are medians over
+    /// rounds; they are printed, and written to target/bench/sample.json.
+    Sample(SampleOptions),
     /// One measured run of ours: what `dpo` starts.
     #[command(hide = true)]
     RunOurs { job: PathBuf },
     /// One measurement of the matrix rate: what `dpo` starts.
     #[command(hide = true)]
     RunRate { job: PathBuf },
+    /// One measured run of ours: what `sample` starts.
+    #[command(hide = true)]
+    RunSample { job: PathBuf },
+    /// One measurement of the memory's rate: what `sample` starts.
+    #[command(hide = true)]
+    RunBandwidth { job: PathBuf },
     /// One rank of a measured run: what `scaling` starts.
     #[command(hide = true)]
     RunRank { job: PathBuf },
@@ -68,6 +83,11 @@ pub(crate) struct DpoOptions {
     #[arg(long, default_value_t = 2, value_parser = positive)]
     pub(crate) threads: usize,
 
+    /// In what both sides keep and compute [default: bf16 where the processor
+    /// multiplies it, else f32, which is then TRL's best].
+    #[arg(long, value_enum)]
+    dtype: Option<DType>,
+
     /// Leave TRL out: only ours, and the fraction of the floor.
     #[arg(long)]
     pub(crate) skip_peer: bool,
@@ -91,6 +111,12 @@ pub(crate) struct DpoOptions {
     /// Where the figures go.
     #[arg(long, default_value_os_t = output("dpo"), value_name = "FILE", hide_default_value = true)]
     pub(crate) output: PathBuf,
+}
+
+impl DpoOptions {
+    pub(crate) fn dtype(&self) -> DType {
+        self.dtype.unwrap_or_else(DType::fastest)
+    }
 }
 
 #[derive(Debug, Args)]
@@ -127,6 +153,80 @@ pub(crate) struct ScalingOptions {
         long, default_value_os_t = output("scaling"), value_name = "FILE", hide_default_value = true
     )]
     pub(crate) output: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SampleOptions {
+    /// What is sampled; may be given several times [default: all].
+    #[arg(long = "setting", value_enum, value_name = "SETTING")]
+    pub(crate) settings: Vec<Setting>,
+
+    /// Runs of each side on each setting; medians are over these.
+    #[arg(long, default_value_t = 3, value_parser = positive)]
+    pub(crate) rounds: usize,
+
+    /// Tokens of a reply at most.
+    #[arg(long, default_value_t = 256, value_name = "TOKENS")]
+    pub(crate) max_new_tokens: u32,
+
+    /// Prompts of a batch of `generate`.
+    #[arg(long, default_value_t = 16, value_parser = positive)]
+    pub(crate) batch: usize,
+
+    /// Threads of each side.
+    #[arg(long, default_value_t = 2, value_parser = positive)]
+    pub(crate) threads: usize,
+
+    /// In what both sides keep and compute [default: bf16 where the processor
+    /// multiplies it, else f32, which is then the peers' best].
+    #[arg(long, value_enum)]
+    pub(crate) dtype: Option<DType>,
+
+    /// Leave the peer out: only ours, and the fraction of the floor.
+    #[arg(long)]
+    pub(crate) skip_peer: bool,
+
+    /// The model, a folder in Hugging Face format.
+    #[arg(long, default_value_os_t = demo_model(), value_name = "DIR", hide_default_value = true)]
+    pub(crate) model: PathBuf,
+
+    /// Where the figures go.
+    #[arg(
+        long, default_value_os_t = output("sample"), value_name = "FILE", hide_default_value = true
+    )]
+    pub(crate) output: PathBuf,
+}
+
+/// In what weights are kept, and computed.
+#[derive(Debug, Clone, Copy, PartialEq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum DType {
+    Bf16,
+    F32,
+}
+
+impl DType {
+    /// What this machine's processor multiplies fastest.
+    pub(crate) fn fastest() -> Self {
+        match product_kind(Kind::BFloat16, Device::Cpu) {
+            Kind::BFloat16 => Self::Bf16,
+            _ => Self::F32,
+        }
+    }
+
+    pub(crate) fn kind(self) -> Kind {
+        match self {
+            Self::Bf16 => Kind::BFloat16,
+            Self::F32 => Kind::Float,
+        }
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Bf16 => "bf16",
+            Self::F32 => "f32",
+        }
+    }
 }
 
 /// How our engine goes about it.

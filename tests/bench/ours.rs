@@ -6,7 +6,7 @@ use anyhow::Result;
 use drift_worker::LIBTORCH_VERSION;
 use drift_worker::model::Decoder;
 use drift_worker::train::{PairOutcome, ReferenceLogps, StepReport, TokenPair, Trainer};
-use tch::{Device, Kind};
+use tch::Device;
 
 use crate::job::{Job, Run, passes, token_pairs, train_step};
 use crate::machine::{peak_bytes, processor_seconds};
@@ -15,7 +15,7 @@ use crate::machine::{peak_bytes, processor_seconds};
 pub(crate) fn run(job: &Job) -> Result<Run> {
     let Job { recipe, engine, .. } = job;
     tch::set_num_threads(job.threads as i32);
-    let mut trainer = Trainer::new(Decoder::load(&job.model, Kind::BFloat16, Device::Cpu)?);
+    let mut trainer = Trainer::new(Decoder::load(&job.model, job.dtype.kind(), Device::Cpu)?);
     let mut pairs = token_pairs(&job.pairs);
 
     let (user_before, system_before) = processor_seconds()?;

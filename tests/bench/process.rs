@@ -40,22 +40,27 @@ pub(crate) fn start_ours(command: &str, job: &impl Serialize) -> Result<Running>
 const PEER_TUNABLES: &str = "glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:\
     glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456:glibc.malloc.hugetlb=1";
 
-/// Starts `trl_dpo.py JOB` with as many threads.
-pub(crate) fn start_trl(job: &impl Serialize, threads: usize, tuned: bool) -> Result<Running> {
+/// Starts a peer's `SCRIPT JOB` with as many threads.
+pub(crate) fn start_python(
+    script: &str,
+    job: &impl Serialize,
+    threads: usize,
+    tuned: bool,
+) -> Result<Running> {
     let interpreter = root().join(".venv/bin/python");
     ensure!(
         interpreter.exists(),
-        "{} is missing: run `make setup`, or leave TRL out with --skip-peer",
+        "{} is missing: run `make setup`, or leave the peer out with --skip-peer",
         interpreter.display()
     );
     let mut program = Command::new(interpreter);
-    program.arg(root().join("tests/bench/trl_dpo.py"));
+    program.arg(root().join("tests/bench").join(script));
     program.env("OMP_NUM_THREADS", threads.to_string());
     program.env("HF_HUB_OFFLINE", "1").env("TOKENIZERS_PARALLELISM", "false");
     if tuned {
         program.env("GLIBC_TUNABLES", PEER_TUNABLES);
     }
-    start(program, "TRL's run".to_owned(), job)
+    start(program, script.to_owned(), job)
 }
 
 impl Running {

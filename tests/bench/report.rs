@@ -43,7 +43,7 @@ impl Report {
             "threads": options.threads,
             "rounds": options.rounds,
             "batch": options.batch,
-            "dtype": "bf16",
+            "dtype": options.dtype(),
             "model": options.model.file_name().map(|name| name.to_string_lossy()),
             "recipe": Recipe::default(),
             "engine": options.engine,

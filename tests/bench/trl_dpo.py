@@ -22,6 +22,8 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+from peak import peak_bytes
+
 
 class TokenTrainer(DPOTrainer):
     """DPOTrainer on token ids, in the order given."""
@@ -53,9 +55,10 @@ class Clock(TrainerCallback):
 def run(job):
     torch.set_num_threads(job["threads"])
     recipe = job["recipe"]
+    dtype = {"bf16": torch.bfloat16, "f32": torch.float32}[job["dtype"]]
 
     def load():
-        return AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.bfloat16)
+        return AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype)
 
     dataset = datasets.Dataset.from_list(
         [{f"{side}_ids": ids for side, ids in pair.items()} for pair in job["pairs"]]
@@ -79,7 +82,7 @@ def run(job):
             disable_tqdm=True,
             dataloader_pin_memory=False,
             gradient_checkpointing=job["gradient_checkpointing"],
-            # The weights are bf16 themselves; autocast on top would only cost time.
+            # The weights are of the kind themselves; autocast on top would only cost time.
             bf16=False,
             use_cpu=True,
         )
@@ -105,13 +108,6 @@ def run(job):
         "logps_chosen": [entry["logps/chosen"] for entry in steps],
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, trl)},
     }
-
-
-def peak_bytes():
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) << 10
-    raise RuntimeError("/proc/self/status holds no VmHWM")
 
 
 if __name__ == "__main__":

@@ -92,6 +92,29 @@ impl Settings {
             format!("{} is outside (0, 1]", sampling.top_p),
         );
         require(
+            (0.0..=1.0).contains(&sampling.min_p),
+            &["sampling.min_p"],
+            format!("{} is outside [0, 1]", sampling.min_p),
+        );
+        require(
+            sampling.repetition_penalty > 0.0 && sampling.repetition_penalty.is_finite(),
+            &["sampling.repetition_penalty"],
+            format!("{} is not above 0; 1 does nothing", sampling.repetition_penalty),
+        );
+        require(
+            sampling.min_new_tokens <= sampling.max_new_tokens,
+            &["sampling.min_new_tokens", "sampling.max_new_tokens"],
+            format!(
+                "a reply of at least {} and at most {} tokens cannot be",
+                sampling.min_new_tokens, sampling.max_new_tokens
+            ),
+        );
+        require(
+            sampling.max_rows > 0 && sampling.cache_budget.0 > 0,
+            &["sampling.max_rows", "sampling.cache_budget"],
+            "must be above 0".to_owned(),
+        );
+        require(
             sampling.max_new_tokens > 0 && sampling.max_prompt_tokens > 0,
             &["sampling.max_new_tokens", "sampling.max_prompt_tokens"],
             "both need at least one token".into(),

@@ -107,6 +107,16 @@ settings! {
         temperature: f64 = 0.7;
         /// Smallest set of tokens with at least this probability; 1 keeps all.
         top_p: f64 = 0.9;
+        /// Most probable tokens that are drawn from, by number; 0 keeps all.
+        top_k: u32 = 0;
+        /// Least probability of a token that is drawn from, as a share of the most
+        /// probable one's; 0 keeps all.
+        min_p: f64 = 0.0;
+        /// Makes tokens that prompt or reply have less likely, as in transformers; 1
+        /// does nothing.
+        repetition_penalty: f64 = 1.0;
+        /// Tokens a reply has before it may end.
+        min_new_tokens: u32 = 0;
         /// Tokens of a reply at most.
         max_new_tokens: u32 = 512;
         /// Tokens of a sampling prompt; the end is kept.
@@ -114,8 +124,15 @@ settings! {
         /// `on`: sample from the whole conversation with the complaint and the
         /// instruction; `off`: from the bare prompt.
         guidance: Guidance = Guidance::On;
-        /// Prompts that one worker samples together.
-        shard_prompts: usize = 16;
+        /// Prompts that are handed to a worker together, and recorded together, at most.
+        shard_prompts: usize = 64;
+        /// Replies that a worker has in the making at once, at most.
+        max_rows: u32 = 64;
+        /// Bytes that the keys and values of these may take on each worker.
+        cache_budget: ByteSize = ByteSize(8 << 30);
+        /// Whether a reply's next tokens are guessed, by what followed the last ones
+        /// before, where a guess costs next to nothing. It changes no token.
+        drafting: bool = true;
     }
 }
 

@@ -8,4 +8,4 @@ mod wire;
 pub use door::JoinToken;
 pub use launch::{LaunchError, Launcher, WorkerExit, find_worker, threads_per_worker};
 pub use service::{AttachPlan, Link, Server, WorkerEvent};
-pub use wire::{Outgoing, PairBatch, SamplingParams};
+pub use wire::{Outgoing, PairBatch};

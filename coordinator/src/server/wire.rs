@@ -2,7 +2,9 @@
 
 use drift_proto::v1::{self as pb, coordinator_message::Body as Down, worker_message::Body as Up};
 
-use crate::config::{DType, Loss, OptimizerChoice, Recompute, Sharding, TrainingSettings};
+use crate::config::{
+    DType, Loss, OptimizerChoice, Recompute, SamplingSettings, Sharding, TrainingSettings,
+};
 use crate::domain::{
     FinishReason, PairId, PromptId, ReferenceLogps, Sample, ShardId, Step, TokenPair,
 };
@@ -38,7 +40,9 @@ pub enum Outgoing {
         /// Iteration.
         iteration: u32,
         /// Distribution and bounds.
-        params: SamplingParams,
+        sampling: SamplingSettings,
+        /// Any of these ends a reply.
+        stop_ids: Vec<u32>,
         /// Prompts with their token ids.
         prompts: Vec<(PromptId, Vec<u32>)>,
     },
@@ -76,19 +80,6 @@ pub enum Outgoing {
     Heartbeat,
 }
 
-/// How replies are drawn.
-#[derive(Debug, Clone, PartialEq)]
-pub struct SamplingParams {
-    /// 0 is greedy.
-    pub temperature: f64,
-    /// Nucleus.
-    pub top_p: f64,
-    /// Bound.
-    pub max_new_tokens: u32,
-    /// Any of these ends a reply.
-    pub stop_ids: Vec<u32>,
-}
-
 impl From<Outgoing> for pb::CoordinatorMessage {
     fn from(outgoing: Outgoing) -> Self {
         let body = match outgoing {
@@ -99,16 +90,25 @@ impl From<Outgoing> for pb::CoordinatorMessage {
             Outgoing::LoadModel { directory, dtype } => {
                 Down::LoadModel(pb::LoadModel { directory, dtype: wire_dtype(dtype) as i32 })
             }
-            Outgoing::Sample { shard, seed, iteration, params, prompts } => {
+            Outgoing::Sample { shard, seed, iteration, sampling, stop_ids, prompts } => {
                 Down::Sample(pb::SampleShard {
                     shard: shard.0,
                     seed,
                     iteration,
                     params: Some(pb::SamplingParams {
-                        temperature: params.temperature,
-                        top_p: params.top_p,
-                        max_new_tokens: params.max_new_tokens,
-                        stop_ids: params.stop_ids,
+                        temperature: sampling.temperature,
+                        top_k: sampling.top_k,
+                        top_p: sampling.top_p,
+                        min_p: sampling.min_p,
+                        repetition_penalty: sampling.repetition_penalty,
+                        min_new_tokens: sampling.min_new_tokens,
+                        max_new_tokens: sampling.max_new_tokens,
+                        stop_ids,
+                    }),
+                    engine: Some(pb::SamplingEngine {
+                        max_rows: sampling.max_rows,
+                        cache_bytes: sampling.cache_budget.0,
+                        drafting: sampling.drafting,
                     }),
                     prompts: prompts
                         .into_iter()

@@ -11,10 +11,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use tch::{Device, Kind};
 use tokio::sync::mpsc::UnboundedSender;
+use tracing::info;
 
 use crate::collective::{ProcessGroup, Store};
 use crate::model::{Decoder, SavedFile};
-use crate::sample::{self, Progress, Sample, SampleError, sample_shard};
+use crate::sample::{self, Progress, Sample, SampleError, Sampled, Sampler};
 use crate::train::{
     MicroBatch, PairLogps, StepReport, TrainError, TrainStep, Trainer, TrainingSettings,
 };
@@ -83,6 +84,7 @@ impl Engine {
                 replies,
                 stop: flag,
                 trainer: None,
+                sampler: None,
                 group: None,
                 _store: None,
             };
@@ -116,6 +118,8 @@ struct Bench {
     replies: UnboundedSender<Reply>,
     stop: Arc<AtomicBool>,
     trainer: Option<Trainer>,
+    /// Of the weights as they are: gone as soon as they change.
+    sampler: Option<Sampler>,
     group: Option<ProcessGroup>,
     /// Rank 0's store must outlive the group's rendezvous.
     _store: Option<Store>,
@@ -153,6 +157,7 @@ impl Bench {
                 self.score(batch, &micro_batches).with_context(|| format!("score batch {batch}"))
             }
             Command::BeginTraining(settings) => {
+                self.sampler = None;
                 let trainer = self.trainer.as_mut().context("no model is loaded")?;
                 trainer.begin(settings, self.group.as_ref()).context("begin training")?;
                 Ok(Reply::Done)
@@ -208,7 +213,7 @@ impl Bench {
 
     fn load_model(&mut self, directory: &Path, kind: Kind) -> Result<Reply> {
         // The old weights go first: two models need not fit.
-        self.trainer = None;
+        (self.trainer, self.sampler) = (None, None);
         let decoder = Decoder::load(directory, kind, self.device)?;
         let parameters = decoder
             .blocks
@@ -237,9 +242,14 @@ impl Bench {
                 ControlFlow::Continue(())
             }
         };
-        match sample_shard(self.trainer()?.policy(), shard, &mut observe) {
-            Ok(samples) => {
+        if self.sampler.is_none() {
+            self.sampler = Some(Sampler::new(self.trainer()?.policy())?);
+        }
+        let sampler = self.sampler.as_mut().context("no sampler")?;
+        match sampler.sample(shard, &mut observe) {
+            Ok(Sampled { samples, work }) => {
                 let seconds = began.elapsed().as_secs_f64();
+                info!(shard = number, ?work, seconds, "sampled");
                 Ok(Reply::Sampled { shard: number, samples, seconds })
             }
             Err(SampleError::Stopped) => bail!("stopped"),

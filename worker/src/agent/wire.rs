@@ -33,6 +33,7 @@ pub(super) fn command(body: Down) -> Result<Command, String> {
         },
         Down::Sample(m) => {
             let params = m.params.ok_or("sample without parameters")?;
+            let engine = m.engine.ok_or("sample without engine settings")?;
             Command::Sample {
                 number: m.shard,
                 shard: sample::Shard {
@@ -40,9 +41,18 @@ pub(super) fn command(body: Down) -> Result<Command, String> {
                     iteration: m.iteration,
                     params: sample::SamplingParams {
                         temperature: params.temperature,
+                        top_k: params.top_k,
                         top_p: params.top_p,
+                        min_p: params.min_p,
+                        repetition_penalty: params.repetition_penalty,
+                        min_new_tokens: params.min_new_tokens,
                         max_new_tokens: params.max_new_tokens,
                         stop_ids: params.stop_ids,
+                    },
+                    engine: sample::SamplingEngine {
+                        max_rows: engine.max_rows,
+                        cache_bytes: engine.cache_bytes,
+                        drafting: engine.drafting,
                     },
                     prompts: m
                         .prompts

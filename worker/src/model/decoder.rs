@@ -6,7 +6,7 @@ use tch::{Device, Kind, TchError, Tensor};
 
 use super::checkpoint::Checkpoint;
 use super::layout::{Layout, Outer, Part, PerBlock, Slot};
-use super::ops::{Linear, RmsNorm, swiglu};
+use super::ops::{Linear, RmsNorm, product_kind, swiglu};
 use super::rope::Rotary;
 use super::{ModelConfig, ModelError};
 
@@ -124,6 +124,30 @@ impl Decoder {
             Ok(Parameter { tensor, parts: slot.parts.clone() })
         })
         .unwrap()
+    }
+
+    /// The same model, in the kind in which the device multiplies matrices: these very
+    /// weights where that is theirs, else widened copies.
+    pub(crate) fn for_products(&self) -> Result<Self, TchError> {
+        let kind = product_kind(self.kind, self.device);
+        let convert = |parameter: &Parameter| {
+            let tensor = parameter.tensor.f_detach()?.f_to_kind(kind)?;
+            Ok::<_, TchError>(Parameter { tensor, parts: parameter.parts.clone() })
+        };
+        let block =
+            |block: &Block| Ok(Block { weights: block.weights.try_map(&convert)?, ..*block });
+        Ok(Self {
+            config: self.config.clone(),
+            blocks: self.blocks.iter().map(block).collect::<Result<_, TchError>>()?,
+            outer: Outer {
+                embedding: convert(&self.outer.embedding)?,
+                norm: convert(&self.outer.norm)?,
+                head: self.outer.head.as_ref().map(&convert).transpose()?,
+            },
+            inverse_frequencies: self.inverse_frequencies.shallow_clone(),
+            kind,
+            device: self.device,
+        })
     }
 
     /// Kind of the weights and of what is computed between the fp32 islands.

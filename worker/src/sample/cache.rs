@@ -1,139 +1,143 @@
-//! The KV cache: preallocated, rows right-aligned, finished rows overwritten.
+//! The KV cache: one preallocated pool, in which each row has a slot and each shared
+//! beginning a stretch.
 
 use tch::{Device, Kind, TchError, Tensor};
 
 use crate::model::ModelConfig;
 
-/// Keys and values of all rows, layer by layer.
+/// Keys and values of every token that later ones attend to.
 ///
-/// Rows are aligned at their ends: whatever their lengths, every row's next
-/// token goes to column `end`, so a decoding step writes one slice. What lies
-/// to the left of a row's start is masked.
+/// ```text
+/// pool   | shared beginnings … | slot 0 | slot 1 | …            tokens, layer by layer
+/// ```
 ///
-/// Live rows are always the first ones: a finished row's place is taken by
-/// the last live row.
+/// A slot holds a row's own tokens from its start: the rest of its prompt, and its
+/// reply. Rows are moved together when one ends, so live rows have the first slots.
+#[derive(Debug)]
 pub(super) struct KvCache {
-    /// Per layer, `[rows, kv_heads, columns, head_dim]`.
-    layers: Vec<(Tensor, Tensor)>,
-    /// `[rows, 1, 1, columns]`: 0 where a row has tokens or will have, −∞ to their left.
-    mask: Tensor,
-    /// First column of each live row.
-    starts: Vec<i64>,
-    /// Column after the last token of every row.
-    end: i64,
+    /// Per layer, `[tokens, kv_heads, head_dim]` of keys and of values.
+    layers: Vec<[Tensor; 2]>,
+    /// Tokens of all shared beginnings.
+    shared: i64,
+    /// Tokens of a slot.
+    columns: i64,
+}
+
+/// How a pool is divided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Division {
+    /// Tokens of all shared beginnings.
+    pub(super) shared: i64,
+    /// Slots.
+    pub(super) rows: i64,
+    /// Tokens of a slot.
+    pub(super) columns: i64,
+}
+
+impl Division {
+    fn tokens(self) -> i64 {
+        self.shared + self.rows * self.columns
+    }
+}
+
+/// Bytes that a token's keys and values take over all layers.
+pub(super) fn bytes_per_token(config: &ModelConfig, kind: Kind) -> i64 {
+    let width = config.num_key_value_heads * config.head_dim;
+    2 * config.num_hidden_layers * width * kind.elt_size_in_bytes() as i64
 }
 
 impl KvCache {
-    /// Room for prompts of `lengths` tokens and `new` more each.
-    pub(super) fn new(
+    /// A pool of no tokens.
+    pub(super) fn empty() -> Self {
+        Self { layers: Vec::new(), shared: 0, columns: 0 }
+    }
+
+    /// Divides the pool anew; what it held is forgotten. It grows when it must.
+    pub(super) fn divide(
+        &mut self,
         config: &ModelConfig,
-        lengths: &[i64],
-        new: i64,
+        division: Division,
         kind: Kind,
         device: Device,
-    ) -> Result<Self, TchError> {
-        let rows = lengths.len() as i64;
-        let end = lengths.iter().copied().max().unwrap_or(0);
-        let shape = [rows, config.num_key_value_heads, end + new, config.head_dim];
-        // Zeros, not empty: a masked NaN would still be a NaN.
-        let layer = |_| {
+    ) -> Result<(), TchError> {
+        let held = self.layers.first().map_or(0, |[keys, _]| keys.size()[0]);
+        if held < division.tokens() {
+            // The old pool goes first: two need not fit.
+            self.layers.clear();
+            let shape = [division.tokens(), config.num_key_value_heads, config.head_dim];
+            // Zeros, not empty: a masked NaN would still be a NaN.
             let zeros = || Tensor::f_zeros(shape, (kind, device));
-            Ok((zeros()?, zeros()?))
-        };
-        let layers = (0..config.num_hidden_layers).map(layer).collect::<Result<_, TchError>>()?;
-
-        let starts: Vec<i64> = lengths.iter().map(|length| end - length).collect();
-        let first = Tensor::f_from_slice(&starts)?.f_to_device(device)?.f_view([-1, 1, 1, 1])?;
-        let columns = Tensor::f_arange(end + new, (Kind::Int64, device))?;
-        let left = columns.f_lt_tensor(&first)?;
-        let mask = Tensor::f_zeros([rows, 1, 1, end + new], (kind, device))?
-            .f_masked_fill(&left, f64::NEG_INFINITY)?;
-        Ok(Self { layers, mask, starts, end })
-    }
-
-    /// Rows that are still written.
-    pub(super) fn live(&self) -> usize {
-        self.starts.len()
-    }
-
-    /// Stores keys and values (`[n, kv_heads, head_dim]`) of `row`'s prompt
-    /// tokens from `offset` on, and returns views of all of its keys and
-    /// values up to there, `[1, kv_heads, offset + n, head_dim]` each.
-    pub(super) fn write_prompt(
-        &self,
-        layer: usize,
-        row: usize,
-        offset: i64,
-        k: &Tensor,
-        v: &Tensor,
-    ) -> Result<(Tensor, Tensor), TchError> {
-        let (start, n) = (self.starts[row], k.size3()?.0);
-        let store = |cache: &Tensor, new: &Tensor| {
-            let row = cache.f_narrow(0, row as i64, 1)?;
-            row.f_narrow(2, start + offset, n)?.f_copy_(&new.f_transpose(0, 1)?.f_unsqueeze(0)?)?;
-            row.f_narrow(2, start, offset + n)
-        };
-        let (keys, values) = &self.layers[layer];
-        Ok((store(keys, k)?, store(values, v)?))
-    }
-
-    /// Attention of one new token per live row: `q` `[rows, heads, head_dim]`,
-    /// `k` and `v` `[rows, kv_heads, head_dim]`, which are stored at the end.
-    pub(super) fn attend(
-        &self,
-        layer: usize,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-    ) -> Result<Tensor, TchError> {
-        let (rows, heads, head_dim) = q.size3()?;
-        let kv_heads = k.size3()?.1;
-        // Columns to the left of every live row's start hold nothing.
-        let first = self.starts.iter().copied().min().unwrap_or(0);
-        let columns = self.end + 1 - first;
-        let store = |cache: &Tensor, new: &Tensor| {
-            let cache = cache.f_narrow(0, 0, rows)?;
-            cache.f_narrow(2, self.end, 1)?.f_copy_(&new.f_unsqueeze(2)?)?;
-            cache.f_narrow(2, first, columns)
-        };
-        let (keys, values) = &self.layers[layer];
-        let (keys, values) = (store(keys, k)?, store(values, v)?);
-        let mask = self.mask.f_narrow(0, 0, rows)?.f_narrow(3, first, columns)?;
-        // The query heads that share a key head stand as that head's queries:
-        // with one token per row nothing needs to be repeated.
-        let grouped = q.f_reshape([rows, kv_heads, heads / kv_heads, head_dim])?;
-        let attended = Tensor::f_scaled_dot_product_attention(
-            &grouped,
-            &keys,
-            &values,
-            Some(&mask),
-            0.0,
-            false,
-            None,
-            false,
-        )?;
-        attended.f_reshape([rows, heads, head_dim])
-    }
-
-    /// Makes room for one more token in every row: to be called after all
-    /// layers have [`attended`](Self::attend).
-    pub(super) fn advance(&mut self) {
-        self.end += 1;
-    }
-
-    /// Drops `row`; the last live row takes its place.
-    pub(super) fn swap_remove(&mut self, row: usize) -> Result<(), TchError> {
-        let last = self.live() - 1;
-        if row != last {
-            let (start, length) = (self.starts[last], self.end - self.starts[last]);
-            for cache in self.layers.iter().flat_map(|(keys, values)| [keys, values]) {
-                let from = cache.f_narrow(0, last as i64, 1)?.f_narrow(2, start, length)?;
-                cache.f_narrow(0, row as i64, 1)?.f_narrow(2, start, length)?.f_copy_(&from)?;
+            for _ in 0..config.num_hidden_layers {
+                self.layers.push([zeros()?, zeros()?]);
             }
-            let from = self.mask.f_narrow(0, last as i64, 1)?;
-            self.mask.f_narrow(0, row as i64, 1)?.f_copy_(&from)?;
         }
-        self.starts.swap_remove(row);
+        (self.shared, self.columns) = (division.shared, division.columns);
+        Ok(())
+    }
+
+    /// Tokens that there is room for.
+    #[cfg(test)]
+    pub(super) fn tokens(&self) -> i64 {
+        self.layers.first().map_or(0, |[keys, _]| keys.size()[0])
+    }
+
+    /// Where a slot's first token is in the pool.
+    pub(super) fn slot(&self, slot: usize) -> i64 {
+        self.shared + slot as i64 * self.columns
+    }
+
+    /// Stores keys and values (`[n, kv_heads, head_dim]`) at `places` (`[n]`, i64).
+    pub(super) fn store(
+        &self,
+        layer: usize,
+        places: &Tensor,
+        keys: &Tensor,
+        values: &Tensor,
+    ) -> Result<(), TchError> {
+        for (pool, new) in self.layers[layer].iter().zip([keys, values]) {
+            let _ = pool.shallow_clone().f_index_copy_(0, places, new)?;
+        }
+        Ok(())
+    }
+
+    /// Keys and values of `length` tokens from `start` on, `[1, kv_heads, length, head_dim]`.
+    pub(super) fn stretch(
+        &self,
+        layer: usize,
+        start: i64,
+        length: i64,
+    ) -> Result<[Tensor; 2], TchError> {
+        let [keys, values] = &self.layers[layer];
+        let view =
+            |pool: &Tensor| pool.f_narrow(0, start, length)?.f_unsqueeze(0)?.f_transpose(1, 2);
+        Ok([view(keys)?, view(values)?])
+    }
+
+    /// The first `columns` tokens of `rows` slots from `first` on,
+    /// `[rows, kv_heads, columns, head_dim]`.
+    pub(super) fn slots(
+        &self,
+        layer: usize,
+        first: usize,
+        rows: i64,
+        columns: i64,
+    ) -> Result<[Tensor; 2], TchError> {
+        let [keys, values] = &self.layers[layer];
+        let view = |pool: &Tensor| {
+            pool.f_narrow(0, self.slot(first), rows * self.columns)?
+                .f_unflatten(0, [rows, self.columns])?
+                .f_narrow(1, 0, columns)?
+                .f_transpose(1, 2)
+        };
+        Ok([view(keys)?, view(values)?])
+    }
+
+    /// Copies the first `length` tokens of slot `from` to slot `to`.
+    pub(super) fn copy(&self, from: usize, to: usize, length: i64) -> Result<(), TchError> {
+        for pool in self.layers.iter().flatten() {
+            let from = pool.f_narrow(0, self.slot(from), length)?;
+            pool.f_narrow(0, self.slot(to), length)?.f_copy_(&from)?;
+        }
         Ok(())
     }
 }

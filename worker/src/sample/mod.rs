@@ -1,18 +1,38 @@
-//! Sampling replies from the current policy, with a KV cache, by host-drawn uniforms.
+//! Sampling replies from the current policy: continuous batching with a KV cache, by
+//! host-drawn uniforms.
 //!
-//! [`sample_shard`] is a pure function of weights and shard (and of libtorch,
-//! its threads and the device): no clock, no order of arrival, no generator
-//! with a state. Each token takes one number of a counter-based stream
-//! ([`Uniforms`]) and turns it into an id by inverse CDF.
+//! A [`Sampler`] computes all rows of a shard together, a step after the other. A step is
+//! one forward pass over the new tokens of every row, packed: one token of a row that
+//! decodes, a few that were guessed behind it, a stretch of a prompt.
+//!
+//! ```text
+//! prompts ─▶ prefix: what do they share?
+//!    │
+//!    ▼
+//!  rows: admit, plan ──▶ step: forward ──▶ pick: choose ──▶ rows: take, finish ──┐
+//!    ▲                     │ attend, cache                                       │
+//!    └─────────────────────────────────────────── next step ─────────────────────┘
+//! ```
+//!
+//! What is drawn is a pure function of weights and shard (and of libtorch, its threads and
+//! the device): no clock, no order of arrival, no generator with a state. Each token takes
+//! one number of a counter-based stream ([`Uniforms`]) and turns it into an id by inverse
+//! CDF.
 
+mod attend;
 mod cache;
+mod draft;
+mod kernel;
 mod pick;
-mod shard;
+mod prefix;
+mod rows;
+mod sampler;
+mod step;
 mod uniforms;
 
 use tch::TchError;
 
-pub use shard::sample_shard;
+pub use sampler::{Sampled, Sampler, sample_shard};
 pub use uniforms::Uniforms;
 
 /// Prompts that one worker samples together.
@@ -24,6 +44,8 @@ pub struct Shard {
     pub iteration: u32,
     /// How tokens are chosen, and when a reply ends.
     pub params: SamplingParams,
+    /// How the engine goes about it.
+    pub engine: SamplingEngine,
     /// What is answered.
     pub prompts: Vec<Prompt>,
 }
@@ -33,12 +55,55 @@ pub struct Shard {
 pub struct SamplingParams {
     /// Logits are divided by this; 0 takes the most probable token always.
     pub temperature: f64,
+    /// The most probable tokens that are drawn from, by number; 0 keeps all.
+    pub top_k: u32,
     /// Mass of the most probable tokens that are drawn from, in (0, 1].
     pub top_p: f64,
+    /// Least probability of a token that is drawn from, as a share of the most probable
+    /// one's; 0 keeps all.
+    pub min_p: f64,
+    /// Divides positive logits of tokens that prompt or reply have, and multiplies negative
+    /// ones; 1 does nothing.
+    pub repetition_penalty: f64,
+    /// Tokens a reply has before an id may end it.
+    pub min_new_tokens: u32,
     /// Tokens a reply has at most; from 1.
     pub max_new_tokens: u32,
     /// Ids that end a reply.
     pub stop_ids: Vec<u32>,
+}
+
+impl Default for SamplingParams {
+    /// Draws from the model's own distribution, one token.
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            min_new_tokens: 0,
+            max_new_tokens: 1,
+            stop_ids: Vec::new(),
+        }
+    }
+}
+
+/// How the engine goes about it. None of it changes what is drawn, but for rounding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SamplingEngine {
+    /// Replies in the making at once, at most.
+    pub max_rows: u32,
+    /// Bytes that the KV cache may take.
+    pub cache_bytes: u64,
+    /// Whether next tokens are guessed where a guess costs next to nothing.
+    pub drafting: bool,
+}
+
+impl Default for SamplingEngine {
+    fn default() -> Self {
+        Self { max_rows: 64, cache_bytes: 8 << 30, drafting: true }
+    }
 }
 
 /// A prompt, and which of its samples is wanted.
@@ -53,7 +118,7 @@ pub struct Prompt {
 }
 
 /// A reply.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Sample {
     /// The prompt it answers.
     pub prompt: u64,
@@ -61,6 +126,9 @@ pub struct Sample {
     pub index: u32,
     /// Drawn ids, a final stop id included.
     pub tokens: Vec<u32>,
+    /// Log-probability of each under the model itself, at temperature 1 and with nothing
+    /// left out, in nats.
+    pub logps: Vec<f32>,
     /// Why it ended.
     pub finish: Finish,
 }
@@ -81,6 +149,19 @@ pub struct Progress {
     pub tokens: u64,
     /// Replies that have ended.
     pub finished: u32,
+}
+
+/// What a shard took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Work {
+    /// Forward passes.
+    pub steps: u64,
+    /// Tokens of prompts that were computed, those shared once.
+    pub prefilled: u64,
+    /// Tokens that were guessed, and those of them that were drawn too.
+    pub guessed: u64,
+    /// See [`Self::guessed`].
+    pub guessed_right: u64,
 }
 
 /// Why a shard gave no samples.

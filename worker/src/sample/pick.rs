@@ -1,13 +1,195 @@
-//! From logits to a token: temperature, top-p, inverse CDF.
+//! From logits to a token: penalties, temperature, top-k, top-p, min-p, inverse CDF.
+//!
+//! In this order, as in transformers.
 
-use tch::{Kind, TchError, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
 use super::{SampleError, SamplingParams};
 
-/// Candidates looked at first. Sorting a whole vocabulary costs more than the
-/// step of a small model that made its logits; with top-p 0.9 the tokens that
-/// matter are among these but for a few rows in a thousand.
+/// Candidates that a GPU looks for first. Sorting a whole vocabulary costs more than the
+/// step of a small model that made its logits; with top-p 0.9 the tokens that matter are
+/// among these but for a few rows in a thousand.
 const CANDIDATES: i64 = 256;
+
+/// How far below the best score a CPU looks for candidates first, and then.
+const DEPTHS: [f32; 2] = [8.0, 16.0];
+
+/// What a row's draw depends on besides its logits.
+#[derive(Debug)]
+pub(super) struct Draw<'a> {
+    /// In [0, 1); greedy choice uses none.
+    pub(super) uniform: f64,
+    /// Tokens of the reply so far.
+    pub(super) position: usize,
+    /// Tokens of prompt and reply so far, in parts.
+    pub(super) seen: [&'a [u32]; 3],
+}
+
+/// A token, and its log-probability under the model itself: at temperature 1, before
+/// anything was left out.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Drawn {
+    pub(super) id: u32,
+    pub(super) logp: f32,
+}
+
+/// Chooses one token per row of `logits` (`[rows, vocab]`, any float kind).
+///
+/// On a GPU this costs one transfer to the host, and one more for each row whose leading
+/// candidates do not decide.
+pub(super) fn choose(
+    logits: &Tensor,
+    params: &SamplingParams,
+    draws: &[Draw<'_>],
+) -> Result<Vec<Drawn>, SampleError> {
+    // bf16 is widened before it is divided, as transformers does.
+    let raw = logits.f_to_kind(Kind::Float)?;
+    let raw_normaliser = raw.f_logsumexp([-1], true)?;
+    let edited = edit(&raw, params, draws)?;
+    let scores = edited.as_ref().unwrap_or(&raw);
+    if params.temperature == 0.0 {
+        return greedy(scores, &raw, &raw_normaliser);
+    }
+    let scores = scores.f_div_scalar(params.temperature)?;
+    let normaliser = scores.f_logsumexp([-1], true)?;
+    match logits.device() {
+        Device::Cpu => on_cpu(&scores, &normaliser, &raw, &raw_normaliser, params, draws),
+        _ => on_gpu(&scores, &normaliser, &raw, &raw_normaliser, params, draws),
+    }
+}
+
+/// Scores with the repetition penalty, and without stop ids where none may be drawn yet;
+/// none where nothing changes.
+fn edit(
+    raw: &Tensor,
+    params: &SamplingParams,
+    draws: &[Draw<'_>],
+) -> Result<Option<Tensor>, TchError> {
+    let early = |draw: &Draw<'_>| draw.position < params.min_new_tokens as usize;
+    let penalised = params.repetition_penalty != 1.0;
+    if !penalised && !draws.iter().any(early) {
+        return Ok(None);
+    }
+    let scores = raw.f_empty_like()?;
+    scores.shallow_clone().f_copy_(raw)?;
+    let upload = |ids: &[i64]| Tensor::f_from_slice(ids)?.f_to_device(raw.device());
+    let stop_ids: Vec<i64> = params.stop_ids.iter().copied().map(i64::from).collect();
+    for (row, draw) in (0..).zip(draws) {
+        let mut row = scores.f_select(0, row)?;
+        if penalised {
+            let mut seen: Vec<i64> = draw.seen.concat().into_iter().map(i64::from).collect();
+            seen.sort_unstable();
+            seen.dedup();
+            let seen = upload(&seen)?;
+            let old = row.f_index_select(0, &seen)?;
+            // Towards −∞ from either side of 0 (Keskar et al. 2019).
+            let lowered = old.f_div_scalar(params.repetition_penalty)?;
+            let new = old
+                .f_mul_scalar(params.repetition_penalty)?
+                .f_where_self(&old.f_lt(0.0)?, &lowered)?;
+            let _ = row.f_index_copy_(0, &seen, &new)?;
+        }
+        if early(draw) && !stop_ids.is_empty() {
+            let _ = row.f_index_fill_(0, &upload(&stop_ids)?, f64::NEG_INFINITY)?;
+        }
+    }
+    Ok(Some(scores))
+}
+
+fn greedy(
+    scores: &Tensor,
+    raw: &Tensor,
+    raw_normaliser: &Tensor,
+) -> Result<Vec<Drawn>, SampleError> {
+    let ids = scores.f_argmax(-1, true)?;
+    let best = raw.f_gather(-1, &ids, false)?;
+    let packed = download(&[&best, raw_normaliser, &ids.f_to_kind(Kind::Float)?])?;
+    let drawn = |row: &[f32]| Ok(Drawn { id: row[2] as u32, logp: finite(row[0])? - row[1] });
+    packed.chunks_exact(3).map(drawn).collect()
+}
+
+/// Looks at all scores where they are.
+fn on_cpu(
+    scores: &Tensor,
+    normaliser: &Tensor,
+    raw: &Tensor,
+    raw_normaliser: &Tensor,
+    params: &SamplingParams,
+    draws: &[Draw<'_>],
+) -> Result<Vec<Drawn>, SampleError> {
+    let vocab = scores.size2()?.1 as usize;
+    let heads = download(&[&scores.f_amax([-1], true)?, normaliser])?;
+    let scores: Vec<f32> = Vec::try_from(scores.f_reshape([-1])?)?;
+    let rows = scores.chunks_exact(vocab).zip(heads.chunks_exact(2)).zip(draws);
+    let choice = |((scores, head), draw): ((&[f32], &[f32]), &Draw<'_>)| {
+        let (best, log_normaliser) = (head[0], f64::from(finite(head[1])?));
+        let cut = Cut { params, log_normaliser, uniform: draw.uniform };
+        let above = |floor: f32| -> Vec<Candidate> {
+            let all = (0..).zip(scores).map(|(id, &score)| Candidate { score, id });
+            all.filter(|candidate| candidate.score > floor).collect()
+        };
+        let found = DEPTHS.iter().find_map(|depth| cut.draw(above(best - depth), false));
+        Ok(found.unwrap_or_else(|| cut.draw_of_all(above(f32::NEG_INFINITY))))
+    };
+    let ids = rows.map(choice).collect::<Result<Vec<u32>, SampleError>>()?;
+    let index: Vec<i64> = ids.iter().copied().map(i64::from).collect();
+    let logits = raw.f_gather(-1, &Tensor::f_from_slice(&index)?.f_unsqueeze(1)?, false)?;
+    let logps = download(&[&logits.f_sub(raw_normaliser)?])?;
+    Ok(ids.into_iter().zip(logps).map(|(id, logp)| Drawn { id, logp }).collect())
+}
+
+/// Brings the highest scores of each row to the host.
+fn on_gpu(
+    scores: &Tensor,
+    normaliser: &Tensor,
+    raw: &Tensor,
+    raw_normaliser: &Tensor,
+    params: &SamplingParams,
+    draws: &[Draw<'_>],
+) -> Result<Vec<Drawn>, SampleError> {
+    let vocab = scores.size2()?.1;
+    let k = vocab.min(CANDIDATES.max(i64::from(params.top_k) + 1));
+    let (top, ids) = scores.f_topk(k, -1, true, true)?;
+    let logits = raw.f_gather(-1, &ids, false)?.f_sub(raw_normaliser)?;
+    let packed = download(&[normaliser, &top, &ids.f_to_kind(Kind::Float)?, &logits])?;
+    let k = k as usize;
+    let mut chosen = Vec::with_capacity(draws.len());
+    for ((row, packed), draw) in (0..).zip(packed.chunks_exact(1 + 3 * k)).zip(draws) {
+        let log_normaliser = f64::from(finite(packed[0])?);
+        let cut = Cut { params, log_normaliser, uniform: draw.uniform };
+        let (top, rest) = packed[1..].split_at(k);
+        let (ids, logps) = rest.split_at(k);
+        let complete = k as i64 == vocab;
+        // Tokens outside may tie with the last candidate and stand before it.
+        let last = top[k - 1];
+        let leading = top.iter().zip(ids).map(|(&score, &id)| Candidate { score, id: id as u32 });
+        let leading = leading.filter(|candidate| complete || candidate.score > last).collect();
+        chosen.push(match cut.draw(leading, complete) {
+            Some(id) => {
+                let at = ids.iter().position(|&other| other as u32 == id).unwrap_or(0);
+                Drawn { id, logp: logps[at] }
+            }
+            None => {
+                let all: Vec<f32> = Vec::try_from(scores.f_select(0, row)?)?;
+                let all = (0..).zip(&all).map(|(id, &score)| Candidate { score, id }).collect();
+                let id = cut.draw_of_all(all);
+                let logit = raw.f_double_value(&[row, i64::from(id)])?;
+                Drawn { id, logp: (logit - raw_normaliser.f_double_value(&[row, 0])?) as f32 }
+            }
+        });
+    }
+    Ok(chosen)
+}
+
+/// Brings columns (`[rows, …]`, fp32) to the host in one piece, row after row.
+/// fp32 holds every id below 2^24, and no vocabulary is larger.
+fn download(columns: &[&Tensor]) -> Result<Vec<f32>, TchError> {
+    Vec::try_from(Tensor::f_cat(columns, -1)?.f_reshape([-1])?)
+}
+
+fn finite(score: f32) -> Result<f32, SampleError> {
+    if score.is_finite() { Ok(score) } else { Err(SampleError::NotFinite) }
+}
 
 /// A token that may be drawn.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -17,119 +199,82 @@ struct Candidate {
     id: u32,
 }
 
-/// Chooses one token per row of `logits` (`[rows, vocab]`, any float kind).
-///
-/// `uniforms` holds one number in [0, 1) per row; greedy choice (temperature
-/// 0) uses none. One transfer from the device, and one more for each row whose
-/// leading candidates do not decide.
-pub(super) fn choose(
-    logits: &Tensor,
-    params: &SamplingParams,
-    uniforms: &[f64],
-) -> Result<Vec<u32>, SampleError> {
-    // bf16 is widened before it is divided, as transformers does.
-    let scores = logits.f_to_kind(Kind::Float)?;
-    if params.temperature == 0.0 {
-        return greedy(&scores);
-    }
-    let scores = scores.f_div_scalar(params.temperature)?;
-    let (rows, vocab) = scores.size2()?;
-    let k = vocab.min(CANDIDATES);
-    let (top, ids) = scores.f_topk(k, -1, true, true)?;
-    let normaliser = scores.f_logsumexp([-1], true)?;
-    let packed = download(&[&normaliser, &top, &ids.f_to_kind(Kind::Float)?])?;
-
-    let k = k as usize;
-    let mut chosen = Vec::with_capacity(uniforms.len());
-    for (row, (packed, &u)) in (0..rows).zip(packed.chunks_exact(1 + 2 * k).zip(uniforms)) {
-        let draw = Draw { top_p: params.top_p, log_normaliser: finite(packed[0])?, u };
-        let (top, ids) = packed[1..].split_at(k);
-        let leading = top.iter().zip(ids).map(|(&score, &id)| Candidate { score, id: id as u32 });
-        let id = match draw.among(&mut leading.collect::<Vec<_>>(), k as i64 == vocab) {
-            Some(id) => id,
-            None => draw.among_all(&Vec::try_from(scores.f_select(0, row)?)?),
-        };
-        chosen.push(id);
-    }
-    Ok(chosen)
-}
-
-fn greedy(scores: &Tensor) -> Result<Vec<u32>, SampleError> {
-    let ids = scores.f_argmax(-1, true)?;
-    let best = scores.f_gather(-1, &ids, false)?;
-    let packed = download(&[&best, &ids.f_to_kind(Kind::Float)?])?;
-    packed.chunks_exact(2).map(|row| finite(row[0]).map(|_| row[1] as u32)).collect()
-}
-
-/// Brings columns (`[rows, …]`, fp32) to the host in one piece, row after row.
-/// fp32 holds every id below 2^24, and no vocabulary is larger.
-fn download(columns: &[&Tensor]) -> Result<Vec<f32>, TchError> {
-    Vec::try_from(Tensor::f_cat(columns, -1)?.f_reshape([-1])?)
-}
-
-fn finite(score: f32) -> Result<f64, SampleError> {
-    if score.is_finite() { Ok(f64::from(score)) } else { Err(SampleError::NotFinite) }
-}
-
-/// How one row is drawn.
-struct Draw {
-    top_p: f64,
+/// How one row is cut down and drawn from.
+struct Cut<'a> {
+    params: &'a SamplingParams,
     /// ln Σ exp(score) over the whole vocabulary.
     log_normaliser: f64,
-    /// Uniform in [0, 1).
-    u: f64,
+    uniform: f64,
 }
 
-impl Draw {
-    /// Draws with the whole vocabulary's `scores` in view.
-    fn among_all(&self, scores: &[f32]) -> u32 {
-        let all = (0..).zip(scores).map(|(id, &score)| Candidate { score, id });
-        self.among(&mut all.collect::<Vec<_>>(), true).unwrap_or_default()
+impl Cut<'_> {
+    fn draw_of_all(&self, candidates: Vec<Candidate>) -> u32 {
+        self.draw(candidates, true).unwrap_or_default()
     }
 
-    /// Draws from the smallest set of most probable tokens whose mass reaches
-    /// `top_p` (at least one token; all where `top_p` is 1), by inverse CDF
-    /// from the most probable down. Equal scores stand in order of their ids.
+    /// Draws from what top-k, top-p and min-p leave, by inverse CDF from the most
+    /// probable token down. Equal scores stand in order of their ids.
     ///
-    /// `None` if `candidates`, the highest scores of the vocabulary, do not
-    /// settle it; never if they are `complete`.
-    fn among(&self, candidates: &mut [Candidate], complete: bool) -> Option<u32> {
+    /// `candidates` are all tokens whose score is above some bound. `None` if they do
+    /// not settle it; never if they are `complete`.
+    fn draw(&self, mut candidates: Vec<Candidate>, complete: bool) -> Option<u32> {
         candidates.sort_unstable_by(|a, b| b.score.total_cmp(&a.score).then(a.id.cmp(&b.id)));
-        // Tokens outside may tie with the last candidate and stand before it.
-        let settled = match candidates.last() {
-            Some(last) if !complete => candidates.partition_point(|c| c.score > last.score),
-            _ => candidates.len(),
-        };
-        let candidates = &candidates[..settled];
-        let mass = |c: &Candidate| (f64::from(c.score) - self.log_normaliser).exp();
-
-        let mut kept = candidates.len();
-        let mut total = 1.0;
-        if self.top_p < 1.0 {
-            let mut sum = 0.0;
-            let reached = candidates.iter().position(|candidate| {
-                sum += mass(candidate);
-                sum >= self.top_p
-            });
-            match reached {
-                Some(last) => kept = last + 1,
-                None if complete => {}
-                None => return None,
-            }
-            total = sum;
-        }
-
-        let target = self.u * total;
+        let (kept, total) = self.keep(&candidates, complete)?;
+        let target = self.uniform * total;
         let mut below = 0.0;
-        for candidate in &candidates[..kept] {
-            below += mass(candidate);
+        for candidate in kept {
+            below += self.mass(candidate);
             if target < below {
                 return Some(candidate.id);
             }
         }
-        // Rounding can leave the sum of all a hair under the target.
-        let nothing_left = complete || self.top_p < 1.0;
-        candidates[..kept].last().filter(|_| nothing_left).map(|candidate| candidate.id)
+        // Rounding can leave the sum of all a hair under the target. Where nothing was cut
+        // away, the rest of the mass may also be with those that are no candidates.
+        let cut = kept.len() < candidates.len();
+        kept.last().filter(|_| cut || complete).map(|candidate| candidate.id)
+    }
+
+    /// Those that are left, and their mass.
+    fn keep<'a>(&self, sorted: &'a [Candidate], complete: bool) -> Option<(&'a [Candidate], f64)> {
+        let SamplingParams { top_k, top_p, min_p, .. } = *self.params;
+        let mut kept = sorted;
+        let mut total = 1.0;
+        if top_k > 0 {
+            match sorted.get(top_k as usize - 1) {
+                // Those that tie with the last one stay, as in transformers.
+                Some(last) => kept = &sorted[..sorted.partition_point(|c| c.score >= last.score)],
+                None if complete => {}
+                None => return None,
+            }
+            total = kept.iter().map(|candidate| self.mass(candidate)).sum();
+        }
+        if top_p < 1.0 {
+            let (mut sum, bound) = (0.0, top_p * total);
+            let reached = kept.iter().position(|candidate| {
+                sum += self.mass(candidate);
+                sum >= bound
+            });
+            match reached {
+                Some(last) => kept = &kept[..=last],
+                None if complete || top_k > 0 => {}
+                None => return None,
+            }
+            total = sum;
+        }
+        if min_p > 0.0 {
+            let bound = sorted.first()?.score + min_p.ln() as f32;
+            let all_kept = kept.len();
+            kept = &kept[..kept.partition_point(|candidate| candidate.score >= bound)];
+            if kept.len() == all_kept && all_kept == sorted.len() && !complete {
+                return None;
+            }
+            total = kept.iter().map(|candidate| self.mass(candidate)).sum();
+        }
+        Some((kept, total))
+    }
+
+    fn mass(&self, candidate: &Candidate) -> f64 {
+        (f64::from(candidate.score) - self.log_normaliser).exp()
     }
 }
 
@@ -144,7 +289,18 @@ mod tests {
     use crate::sample::Uniforms;
 
     fn params(temperature: f64, top_p: f64) -> SamplingParams {
-        SamplingParams { temperature, top_p, max_new_tokens: 1, stop_ids: vec![] }
+        SamplingParams { temperature, top_p, ..SamplingParams::default() }
+    }
+
+    /// Ids that `uniforms` choose.
+    fn chosen(logits: &Tensor, params: &SamplingParams, uniforms: &[f64]) -> Vec<u32> {
+        let drawn = choose(logits, params, &draws(uniforms)).unwrap();
+        drawn.into_iter().map(|drawn| drawn.id).collect()
+    }
+
+    fn draws(uniforms: &[f64]) -> Vec<Draw<'static>> {
+        let draw = |&uniform| Draw { uniform, position: 0, seen: [&[], &[], &[]] };
+        uniforms.iter().map(draw).collect()
     }
 
     /// `[rows, vocab]` with ties: rounded to bf16, as a model's logits are.
@@ -191,7 +347,7 @@ mod tests {
             for (temperature, top_p) in [(0.7, 0.9), (1.0, 1.0), (1.5, 0.99), (0.3, 0.05)] {
                 let uniforms: Vec<f64> =
                     (0..40).map(|row| Uniforms::new(1, 2, row, 0).at(3)).collect();
-                let ours = choose(&logits, &params(temperature, top_p), &uniforms).unwrap();
+                let ours = chosen(&logits, &params(temperature, top_p), &uniforms);
                 for (row, (id, &u)) in ours.iter().zip(&uniforms).enumerate() {
                     let expected = naive(&logits.get(row as i64), temperature, top_p, u);
                     assert_eq!(*id, expected, "spread {spread}, top-p {top_p}, row {row}");
@@ -205,12 +361,12 @@ mod tests {
         let logits = random_logits(1, 5000, 2.0);
         let below_one = 1.0 - f64::EPSILON / 2.0;
         for (top_p, u) in [(0.5, 0.0), (0.5, below_one), (0.9, 0.0), (0.9, below_one), (1.0, 0.0)] {
-            let ours = choose(&logits, &params(1.0, top_p), &[u]).unwrap();
+            let ours = chosen(&logits, &params(1.0, top_p), &[u]);
             assert_eq!(ours[0], naive(&logits.get(0), 1.0, top_p, u), "top-p {top_p}, u {u}");
         }
         // Without top-p the end is where the vocabulary's sum rounds to 1:
         // some token of the last millionth.
-        let last = choose(&logits, &params(1.0, 1.0), &[below_one]).unwrap()[0];
+        let last = chosen(&logits, &params(1.0, 1.0), &[below_one])[0];
         let probabilities = logits.get(0).softmax(-1, Kind::Double);
         let rarer = probabilities.le_tensor(&probabilities.get(i64::from(last)));
         assert!((probabilities * rarer).sum(Kind::Double).double_value(&[]) < 1e-6);
@@ -225,7 +381,7 @@ mod tests {
             let mut counts = HashMap::new();
             for position in 0..draws {
                 let u = Uniforms::new(3, 0, 0, 0).at(position);
-                let id = choose(&logits, &params(1.0, top_p), &[u]).unwrap()[0];
+                let id = chosen(&logits, &params(1.0, top_p), &[u])[0];
                 *counts.entry(id).or_insert(0) += 1;
             }
             (0..4).map(|id| f64::from(*counts.get(&id).unwrap_or(&0)) / f64::from(draws)).collect()
@@ -236,23 +392,112 @@ mod tests {
             }
         };
         close(count(1.0), weights);
-        // 0.5 + 0.3 reaches 0.8: two tokens stay, in proportion.
-        close(count(0.8), [0.625, 0.375, 0.0, 0.0]);
+        // 0.5 + 0.3 reaches 0.75: two tokens stay, in proportion.
+        close(count(0.75), [0.625, 0.375, 0.0, 0.0]);
         close(count(0.4), [1.0, 0.0, 0.0, 0.0]);
     }
 
     #[test]
     fn greedy_takes_the_highest_logit() {
         let logits = Tensor::from_slice2(&[[0.0_f32, 3.0, 1.0], [5.0, -1.0, 4.0]]);
-        assert_eq!(choose(&logits, &params(0.0, 1.0), &[0.9, 0.9]).unwrap(), [1, 0]);
+        assert_eq!(chosen(&logits, &params(0.0, 1.0), &[0.9, 0.9]), [1, 0]);
     }
 
     #[test]
     fn numbers_that_are_none_are_an_error() {
         let logits = Tensor::from_slice2(&[[0.0_f32, f32::NAN, 1.0]]);
         for temperature in [0.0, 1.0] {
-            let error = choose(&logits, &params(temperature, 0.9), &[0.5]).unwrap_err();
+            let error = choose(&logits, &params(temperature, 0.9), &draws(&[0.5])).unwrap_err();
             assert!(matches!(error, SampleError::NotFinite), "{error}");
+        }
+    }
+
+    /// top-k, top-p and min-p by their definitions, as transformers applies them one after
+    /// another: the probabilities that are left, by id.
+    fn left(logits: &Tensor, params: &SamplingParams) -> Vec<f64> {
+        let scores = logits.to_kind(Kind::Float) / params.temperature;
+        let mut p: Vec<f64> = Vec::try_from(scores.softmax(-1, Kind::Double).view(-1)).unwrap();
+        let sorted = |p: &[f64]| {
+            let mut sorted = p.to_vec();
+            sorted.sort_by(|a, b| b.total_cmp(a));
+            sorted
+        };
+        let keep = |p: &mut Vec<f64>, bound: f64| {
+            p.iter_mut().filter(|p| **p < bound).for_each(|p| *p = 0.0);
+            let sum: f64 = p.iter().sum();
+            p.iter_mut().for_each(|p| *p /= sum);
+        };
+        if params.top_k > 0 {
+            let bound = sorted(&p)[params.top_k as usize - 1];
+            keep(&mut p, bound);
+        }
+        let mut sum = 0.0;
+        let reached = sorted(&p).into_iter().find(|p| {
+            sum += p;
+            sum >= params.top_p
+        });
+        keep(&mut p, reached.unwrap_or(0.0));
+        let bound = sorted(&p)[0] * params.min_p;
+        keep(&mut p, bound);
+        p
+    }
+
+    #[test]
+    fn draws_follow_what_every_cut_leaves() {
+        const DRAWS: usize = 200_000;
+        // Without ties, which the definition above would keep together.
+        tch::manual_seed(11);
+        let logits = Tensor::randn([1, 1000], (Kind::Float, Device::Cpu)) * 2.5;
+        for (temperature, top_k, top_p, min_p) in [
+            (1.0, 0, 1.0, 0.0),
+            (0.7, 0, 0.9, 0.0),
+            (1.0, 20, 1.0, 0.0),
+            (1.3, 300, 0.8, 0.0),
+            (1.0, 0, 1.0, 0.05),
+            (0.8, 50, 0.95, 0.02),
+        ] {
+            let params =
+                SamplingParams { temperature, top_k, top_p, min_p, ..SamplingParams::default() };
+            let expected = left(&logits, &params);
+            let rows = logits.expand([500, 1000], false);
+            let mut counts = vec![0_u32; 1000];
+            for part in 0..DRAWS as u32 / 500 {
+                let uniform = |at| Uniforms::new(5, 0, u64::from(part), 0).at(at);
+                let uniforms: Vec<f64> = (0..500).map(uniform).collect();
+                let ids = chosen(&rows, &params, &uniforms);
+                ids.iter().for_each(|&id| counts[id as usize] += 1);
+                if part < 10 {
+                    // The other device's way, on this one.
+                    let scores = rows.to_kind(Kind::Float) / temperature;
+                    let sums = [&scores, &rows].map(|x| x.logsumexp([-1], true));
+                    let draws = draws(&uniforms);
+                    let drawn = on_gpu(&scores, &sums[0], &rows, &sums[1], &params, &draws);
+                    let theirs: Vec<u32> = drawn.unwrap().iter().map(|drawn| drawn.id).collect();
+                    assert_eq!(ids, theirs);
+                }
+            }
+            // Pearson's statistic, over tokens expected often enough; the rest together.
+            let (mut statistic, mut cells, mut rest) = (0.0, 0, [0.0, 0.0]);
+            for (&count, p) in counts.iter().zip(&expected) {
+                let mean = p * DRAWS as f64;
+                if mean == 0.0 {
+                    assert_eq!(count, 0, "a token that was cut away was drawn");
+                } else if mean < 10.0 {
+                    rest = [rest[0] + f64::from(count), rest[1] + mean];
+                } else {
+                    statistic += (f64::from(count) - mean).powi(2) / mean;
+                    cells += 1;
+                }
+            }
+            if rest[1] > 0.0 {
+                statistic += (rest[0] - rest[1]).powi(2) / rest[1];
+                cells += 1;
+            }
+            // Its 99.9 % point (Wilson and Hilferty 1931).
+            let freedom = f64::from(cells - 1);
+            let spread = 2.0 / (9.0 * freedom);
+            let bound = freedom * (1.0 - spread + 3.0902 * spread.sqrt()).powi(3);
+            assert!(cells > 5 && statistic < bound, "{params:?}: {statistic} of {bound}");
         }
     }
 }

@@ -96,12 +96,8 @@ impl Driver {
                 shard,
                 seed: settings.seed,
                 iteration: iteration.0,
-                params: crate::server::SamplingParams {
-                    temperature: settings.sampling.temperature,
-                    top_p: settings.sampling.top_p,
-                    max_new_tokens: settings.sampling.max_new_tokens,
-                    stop_ids: self.session.prepared.text.stop_ids().to_vec(),
-                },
+                sampling: settings.sampling.clone(),
+                stop_ids: self.session.prepared.text.stop_ids().to_vec(),
                 prompts: self.shards[&shard].prompts.iter().map(|&id| self.prompt(id)).collect(),
             },
             Command::Score { batch, micro_batches } => {

@@ -168,7 +168,7 @@ impl Driver {
         let workers = session.workers;
         let (resume, rows) =
             resume::resume(&session.run, &mut session.journal, shape.extent, workers)?;
-        let shards = plan_shards(&shape.prompts, shape.shard_prompts)
+        let shards = plan_shards(&shape.prompts, shape.sharding)
             .into_iter()
             .map(|shard| (shard.id, shard))
             .collect();

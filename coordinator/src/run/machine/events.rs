@@ -8,7 +8,7 @@ use crate::domain::{Epoch, Iteration, PairId, PromptId, ReferenceLogps, Sample, 
 use crate::run::command::{Command, Rank, Report, StepOutcomes, WrittenFile};
 use crate::run::health::Concern;
 use crate::run::metrics::StepMetrics;
-use crate::run::plan::{CostModel, Dealing};
+use crate::run::plan::{CostModel, Dealing, ShardRule};
 use crate::store::CommittedPhase;
 
 /// Seconds since the run's driver started. Handed in, never read.
@@ -31,8 +31,8 @@ pub struct RunShape {
     pub training: TrainingSettings,
     /// Prompts of the iterations, with the lengths of their sampling prompts.
     pub prompts: Vec<(PromptId, usize)>,
-    /// Prompts sampled together.
-    pub shard_prompts: usize,
+    /// How prompts are divided into shards.
+    pub sharding: ShardRule,
     /// Time that workers have to attach.
     pub start_timeout: Duration,
     /// Silence after which a worker counts as lost.
@@ -60,7 +60,11 @@ impl RunShape {
             },
             training: settings.training.clone(),
             prompts,
-            shard_prompts: settings.sampling.shard_prompts,
+            sharding: ShardRule {
+                prompts: settings.sampling.shard_prompts,
+                workers: settings.workers as usize,
+                new_tokens: settings.sampling.max_new_tokens as usize,
+            },
             start_timeout: Duration::from_secs_f64(settings.launch.start_timeout),
             heartbeat_deadline: Duration::from_secs_f64(settings.launch.heartbeat_deadline),
         }

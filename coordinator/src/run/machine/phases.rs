@@ -14,7 +14,7 @@ use crate::store::CommittedPhase;
 
 impl Machine {
     pub(super) fn begin_sampling(&mut self, k: Iteration, effects: &mut Vec<Effect>) {
-        let shards = plan::plan_shards(&self.shape.prompts, self.shape.shard_prompts);
+        let shards = plan::plan_shards(&self.shape.prompts, self.shape.sharding);
         let done = std::mem::take(&mut self.resume.shards_done);
         let is_done = |shard: &plan::Shard| done.contains(&shard.id);
         let finished = shards.iter().filter(|s| is_done(s)).map(|s| s.prompts.len()).sum();

@@ -26,7 +26,7 @@ fn shape_with(workers: u32, began_with: u32) -> RunShape {
     let cost = CostModel { token: 100, attended: 1, response: 10 };
     let prompts = (0..20).map(|n| (PromptId(n), 10 + n as usize)).collect();
     let mut shape = RunShape::new(&settings, workers, cost, prompts);
-    shape.shard_prompts = 3;
+    shape.sharding.prompts = 3;
     shape
 }
 

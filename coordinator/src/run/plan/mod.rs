@@ -11,4 +11,4 @@ pub use batches::{Dealing, StepPlan};
 pub use cost::{CostModel, PairSize};
 pub use order::keyed_order;
 pub use schedule::learning_rate;
-pub use shards::{Shard, plan_shards};
+pub use shards::{Shard, ShardRule, plan_shards};
