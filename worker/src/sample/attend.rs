@@ -10,7 +10,7 @@
 
 use tch::{TchError, Tensor};
 
-use super::cache::KvCache;
+use super::cache::{KvCache, Region};
 use super::kernel::{Part, Sight, attend};
 
 /// Rows with one new token each, in slots that follow one another.
@@ -33,7 +33,7 @@ pub(super) struct Run {
     pub(super) start: i64,
     pub(super) length: i64,
     /// Where the pool has what it goes on with.
-    pub(super) pool: i64,
+    pub(super) region: Region,
     /// Tokens there before it.
     pub(super) before: i64,
     /// `[length, before + length]`; none where nothing is before it.
@@ -44,8 +44,7 @@ pub(super) struct Run {
 #[derive(Debug)]
 pub(super) struct Beginning {
     /// Where it is in the pool.
-    pub(super) pool: i64,
-    pub(super) length: i64,
+    pub(super) region: Region,
     /// Indices of the step's tokens, `[n]`, i64.
     pub(super) members: Tensor,
 }
@@ -57,7 +56,7 @@ pub(super) struct Attention<'a> {
     pub(super) groups: Vec<Group>,
     pub(super) runs: Vec<Run>,
     pub(super) beginnings: Vec<Beginning>,
-    /// Where the pool takes the step's tokens, `[tokens]`, i64.
+    /// Where the pool takes the step's tokens, `[tokens · kv_heads]`, i64.
     pub(super) places: Tensor,
 }
 
@@ -115,7 +114,7 @@ impl Attention<'_> {
 
     fn of_run(&self, layer: usize, heads: Heads, run: &Run, q: &Tensor) -> Result<Part, TchError> {
         let queries = q.f_narrow(0, run.start, run.length)?.f_transpose(0, 1)?.f_unsqueeze(0)?;
-        let [keys, values] = self.cache.stretch(layer, run.pool, run.before + run.length)?;
+        let [keys, values] = self.cache.region(layer, run.region, run.before + run.length)?;
         let sight = run.mask.as_ref().map_or(Sight::Causal, Sight::Masked);
         attend(&queries, &heads.repeated(&keys)?, &heads.repeated(&values)?, sight)
     }
@@ -129,12 +128,12 @@ impl Attention<'_> {
         q: &Tensor,
         [output, log_sum_exp]: [&Tensor; 2],
     ) -> Result<(), TchError> {
-        let Beginning { pool, length, members } = beginning;
+        let Beginning { region, members } = beginning;
         // All members' queries of a key head at once: [1, kv_heads, members · group, head_dim].
         let queries = heads.apart(&q.f_index_select(0, members)?)?;
         let count = queries.size()[0];
         let queries = queries.f_transpose(0, 1)?.f_flatten(1, 2)?.f_unsqueeze(0)?;
-        let [keys, values] = self.cache.stretch(layer, *pool, *length)?;
+        let [keys, values] = self.cache.region(layer, *region, region.length)?;
         let part = attend(&queries, &keys, &values, Sight::All)?;
         let by_member = |x: &Tensor| {
             heads.together(&x.f_squeeze_dim(0)?.f_unflatten(1, [count, -1])?.f_transpose(0, 1)?)

@@ -13,14 +13,26 @@ use crate::model::ModelConfig;
 ///
 /// A slot holds a row's own tokens from its start: the rest of its prompt, and its
 /// reply. Rows are moved together when one ends, so live rows have the first slots.
+///
+/// Each beginning and each slot is a region of `[kv_heads, tokens, head_dim]`: a head's
+/// tokens lie side by side, as attention reads them, and the heads of neighbouring slots
+/// at equal distances.
 #[derive(Debug)]
 pub(super) struct KvCache {
-    /// Per layer, `[tokens, kv_heads, head_dim]` of keys and of values.
+    /// Per layer, `[tokens · kv_heads, head_dim]` of keys and of values.
     layers: Vec<[Tensor; 2]>,
+    kv_heads: i64,
     /// Tokens of all shared beginnings.
     shared: i64,
     /// Tokens of a slot.
     columns: i64,
+}
+
+/// Where a beginning or a slot is in the pool, in tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Region {
+    pub(super) start: i64,
+    pub(super) length: i64,
 }
 
 /// How a pool is divided.
@@ -49,7 +61,7 @@ pub(super) fn bytes_per_token(config: &ModelConfig, kind: Kind) -> i64 {
 impl KvCache {
     /// A pool of no tokens.
     pub(super) fn empty() -> Self {
-        Self { layers: Vec::new(), shared: 0, columns: 0 }
+        Self { layers: Vec::new(), kv_heads: 1, shared: 0, columns: 0 }
     }
 
     /// Divides the pool anew; what it held is forgotten. It grows when it must.
@@ -60,11 +72,12 @@ impl KvCache {
         kind: Kind,
         device: Device,
     ) -> Result<(), TchError> {
-        let held = self.layers.first().map_or(0, |[keys, _]| keys.size()[0]);
+        self.kv_heads = config.num_key_value_heads;
+        let held = self.held();
         if held < division.tokens() {
             // The old pool goes first: two need not fit.
             self.layers.clear();
-            let shape = [division.tokens(), config.num_key_value_heads, config.head_dim];
+            let shape = [division.tokens() * self.kv_heads, config.head_dim];
             // Zeros, not empty: a masked NaN would still be a NaN.
             let zeros = || Tensor::f_zeros(shape, (kind, device));
             for _ in 0..config.num_hidden_layers {
@@ -76,17 +89,23 @@ impl KvCache {
     }
 
     /// Tokens that there is room for.
-    #[cfg(test)]
-    pub(super) fn tokens(&self) -> i64 {
-        self.layers.first().map_or(0, |[keys, _]| keys.size()[0])
+    pub(super) fn held(&self) -> i64 {
+        self.layers.first().map_or(0, |[keys, _]| keys.size()[0] / self.kv_heads)
     }
 
-    /// Where a slot's first token is in the pool.
-    pub(super) fn slot(&self, slot: usize) -> i64 {
-        self.shared + slot as i64 * self.columns
+    /// Where a slot is.
+    pub(super) fn slot(&self, slot: usize) -> Region {
+        Region { start: self.shared + slot as i64 * self.columns, length: self.columns }
     }
 
-    /// Stores keys and values (`[n, kv_heads, head_dim]`) at `places` (`[n]`, i64).
+    /// Where the pool takes each head of a region's token: rows of it.
+    pub(super) fn rows_of(&self, region: Region, token: i64) -> impl Iterator<Item = i64> + use<> {
+        let first = region.start * self.kv_heads + token;
+        (0..self.kv_heads).map(move |head| first + head * region.length)
+    }
+
+    /// Stores keys and values (`[n, kv_heads, head_dim]`) at `places` (`[n · kv_heads]`,
+    /// i64), as [`Self::rows_of`] tells them.
     pub(super) fn store(
         &self,
         layer: usize,
@@ -95,22 +114,19 @@ impl KvCache {
         values: &Tensor,
     ) -> Result<(), TchError> {
         for (pool, new) in self.layers[layer].iter().zip([keys, values]) {
-            let _ = pool.shallow_clone().f_index_copy_(0, places, new)?;
+            let _ = pool.shallow_clone().f_index_copy_(0, places, &new.f_flatten(0, 1)?)?;
         }
         Ok(())
     }
 
-    /// Keys and values of `length` tokens from `start` on, `[1, kv_heads, length, head_dim]`.
-    pub(super) fn stretch(
+    /// Keys and values of a region's first `tokens`, `[1, kv_heads, tokens, head_dim]`.
+    pub(super) fn region(
         &self,
         layer: usize,
-        start: i64,
-        length: i64,
+        region: Region,
+        tokens: i64,
     ) -> Result<[Tensor; 2], TchError> {
-        let [keys, values] = &self.layers[layer];
-        let view =
-            |pool: &Tensor| pool.f_narrow(0, start, length)?.f_unsqueeze(0)?.f_transpose(1, 2);
-        Ok([view(keys)?, view(values)?])
+        self.regions(layer, region, 1, tokens)
     }
 
     /// The first `columns` tokens of `rows` slots from `first` on,
@@ -122,21 +138,34 @@ impl KvCache {
         rows: i64,
         columns: i64,
     ) -> Result<[Tensor; 2], TchError> {
+        self.regions(layer, self.slot(first), rows, columns)
+    }
+
+    /// The first `tokens` of `count` regions of equal length that follow one another.
+    fn regions(
+        &self,
+        layer: usize,
+        Region { start, length }: Region,
+        count: i64,
+        tokens: i64,
+    ) -> Result<[Tensor; 2], TchError> {
         let [keys, values] = &self.layers[layer];
         let view = |pool: &Tensor| {
-            pool.f_narrow(0, self.slot(first), rows * self.columns)?
-                .f_unflatten(0, [rows, self.columns])?
-                .f_narrow(1, 0, columns)?
-                .f_transpose(1, 2)
+            pool.f_narrow(0, start * self.kv_heads, count * length * self.kv_heads)?
+                .f_unflatten(0, [count, self.kv_heads, length])?
+                .f_narrow(2, 0, tokens)
         };
         Ok([view(keys)?, view(values)?])
     }
 
     /// Copies the first `length` tokens of slot `from` to slot `to`.
     pub(super) fn copy(&self, from: usize, to: usize, length: i64) -> Result<(), TchError> {
-        for pool in self.layers.iter().flatten() {
-            let from = pool.f_narrow(0, self.slot(from), length)?;
-            pool.f_narrow(0, self.slot(to), length)?.f_copy_(&from)?;
+        for layer in 0..self.layers.len() {
+            let from = self.region(layer, self.slot(from), length)?;
+            let to = self.region(layer, self.slot(to), length)?;
+            for (mut to, from) in to.into_iter().zip(from) {
+                to.f_copy_(&from)?;
+            }
         }
         Ok(())
     }

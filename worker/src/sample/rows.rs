@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use super::cache::Region;
 use super::draft::Lookup;
 use super::pick::{Draw, Drawn};
 use super::prefix::Prefixes;
@@ -42,7 +43,7 @@ pub(super) struct Rows<'a> {
     /// Of each shared stretch, tokens that the cache holds; none before a row wants it.
     stretches: Vec<Option<usize>>,
     /// Where the pool has each stretch.
-    places: &'a [i64],
+    places: &'a [Region],
     samples: Vec<Option<Sample>>,
     pub(super) work: Work,
 }
@@ -51,7 +52,7 @@ impl<'a> Rows<'a> {
     pub(super) fn new(
         shard: &'a Shard,
         prefixes: &'a Prefixes,
-        places: &'a [i64],
+        places: &'a [Region],
         slots: usize,
         draft_tokens: usize,
     ) -> Self {

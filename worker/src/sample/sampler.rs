@@ -4,12 +4,13 @@ use std::ops::ControlFlow;
 
 use tch::{Device, TchError, Tensor};
 
-use super::cache::{Division, KvCache, bytes_per_token};
+use super::cache::{Division, KvCache, Region, bytes_per_token};
 use super::pick::choose;
 use super::prefix::Prefixes;
 use super::rows::{Move, Rows};
 use super::{Progress, Prompt, Sample, SampleError, SamplingParams, Shard, Work};
 use crate::model::Decoder;
+use crate::model::ops::multiply;
 
 /// Samples shards with the weights of one model; its cache lasts from shard to shard.
 #[derive(Debug)]
@@ -103,7 +104,7 @@ impl Sampler {
     }
 
     fn logits(&self, hidden: &Tensor) -> Result<Tensor, TchError> {
-        self.model.final_norm(hidden)?.f_linear(self.model.head_weight(), None::<&Tensor>)
+        multiply(&self.model.final_norm(hidden)?, self.model.head_weight(), None)
     }
 }
 
@@ -117,9 +118,13 @@ fn free_tokens(device: Device) -> usize {
 }
 
 /// Where the pool has each stretch: one after another.
-fn stretch_places(prefixes: &Prefixes) -> Vec<i64> {
+fn stretch_places(prefixes: &Prefixes) -> Vec<Region> {
     let lengths = prefixes.stretches.iter().map(|stretch| stretch.tokens.len() as i64);
-    lengths.scan(0, |next, length| Some(std::mem::replace(next, *next + length))).collect()
+    let place = |next: &mut i64, length| {
+        let start = std::mem::replace(next, *next + length);
+        Some(Region { start, length })
+    };
+    lengths.scan(0, place).collect()
 }
 
 fn check(model: &Decoder, shard: &Shard) -> Result<(), SampleError> {

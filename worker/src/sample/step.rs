@@ -5,7 +5,7 @@ use std::ops::Range;
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::attend::{Attention, Beginning, Group, Run};
-use super::cache::KvCache;
+use super::cache::{KvCache, Region};
 use super::prefix::Prefixes;
 use crate::model::Decoder;
 
@@ -22,8 +22,8 @@ const MASK_ALIGNMENT: i64 = 16;
 pub(super) enum Owner {
     /// The row in this slot.
     Slot(usize),
-    /// A shared beginning, which the pool has from this place on.
-    Stretch(i64),
+    /// A shared beginning, which the pool has here.
+    Stretch(Region),
 }
 
 /// New tokens of one owner, which follow one another.
@@ -68,18 +68,19 @@ impl Step {
         model: &Decoder,
         cache: &KvCache,
         prefixes: &Prefixes,
-        stretches: &[i64],
+        stretches: &[Region],
     ) -> Result<Tensor, TchError> {
         let device = model.device();
         let (mut ids, mut positions, mut places) = (Vec::new(), Vec::new(), Vec::new());
         let mut wanted = Vec::new();
         for piece in &self.pieces {
             let length = piece.tokens.len() as i64;
-            let pool = pool_place(cache, piece);
+            let region = region(cache, piece);
             let position = (prefixes.length(piece.behind) + piece.before) as i64;
             ids.extend(piece.tokens.iter().copied().map(i64::from));
             positions.extend(position..position + length);
-            places.extend(pool + piece.before as i64..pool + piece.before as i64 + length);
+            let before = piece.before as i64;
+            places.extend((before..before + length).flat_map(|at| cache.rows_of(region, at)));
             let end = ids.len() as i64;
             wanted.extend(end - piece.wanted as i64..end);
         }
@@ -132,7 +133,7 @@ impl Step {
                     0 => None,
                     _ => Some(later_mask(before, length, kind, device)?),
                 };
-                runs.push(Run { start, length, pool: pool_place(cache, piece), before, mask });
+                runs.push(Run { start, length, region: region(cache, piece), before, mask });
             }
             start += length;
         }
@@ -143,7 +144,7 @@ impl Step {
     fn beginnings(
         &self,
         prefixes: &Prefixes,
-        stretches: &[i64],
+        stretches: &[Region],
         device: Device,
     ) -> Result<Vec<Beginning>, TchError> {
         let mut members = std::collections::BTreeMap::<usize, Vec<i64>>::new();
@@ -157,8 +158,7 @@ impl Step {
         }
         let beginning = |(stretch, members): (usize, Vec<i64>)| {
             Ok(Beginning {
-                pool: stretches[stretch],
-                length: prefixes.stretches[stretch].tokens.len() as i64,
+                region: stretches[stretch],
                 members: Tensor::f_from_slice(&members)?.f_to_device(device)?,
             })
         };
@@ -166,10 +166,10 @@ impl Step {
     }
 }
 
-fn pool_place(cache: &KvCache, piece: &Piece) -> i64 {
+fn region(cache: &KvCache, piece: &Piece) -> Region {
     match piece.owner {
         Owner::Slot(slot) => cache.slot(slot),
-        Owner::Stretch(place) => place,
+        Owner::Stretch(region) => region,
     }
 }
 
@@ -249,14 +249,15 @@ mod tests {
             behind: None,
             wanted: 1,
         };
+        let stretch = Owner::Stretch(Region { start: 0, length: 9 });
         let step = Step::new(vec![
-            piece(Owner::Stretch(0), 1),
+            piece(stretch, 1),
             piece(Owner::Slot(2), 1),
             piece(Owner::Slot(1), 5),
             piece(Owner::Slot(0), 1),
         ]);
         let owners: Vec<_> = step.pieces.iter().map(|piece| piece.owner).collect();
         let slots = [0, 2].map(Owner::Slot);
-        assert_eq!(owners, [slots[0], slots[1], Owner::Stretch(0), Owner::Slot(1)]);
+        assert_eq!(owners, [slots[0], slots[1], stretch, Owner::Slot(1)]);
     }
 }

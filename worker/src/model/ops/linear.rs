@@ -2,7 +2,7 @@
 
 use tch::{Kind, TchError, Tensor};
 
-use super::product::{operand, operands};
+use super::product::{multiply, operand, operands};
 
 /// A linear layer over `[rows, in]`.
 #[derive(Debug, Clone, Copy)]
@@ -18,7 +18,7 @@ impl Linear<'_> {
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor, TchError> {
         let [input, weight] = operands([x, self.weight])?;
         let bias = self.bias.map(operand).transpose()?;
-        input.f_linear(&weight, bias)?.f_to_kind(x.kind())
+        multiply(&input, &weight, bias.as_ref())?.f_to_kind(x.kind())
     }
 
     /// Gradient by x, `[rows, in]`, given that by y, `[rows, out]`: dy W.

@@ -12,7 +12,7 @@ mod swiglu;
 pub(crate) use linear::Linear;
 pub(crate) use norm::{NormGradients, RmsNorm};
 pub use product::product_kind;
-pub(crate) use product::{operand, operands};
+pub(crate) use product::{multiply, operand, operands};
 pub(crate) use swiglu::{swiglu, swiglu_backward, swiglu_into};
 
 #[cfg(test)]

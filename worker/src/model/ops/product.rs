@@ -32,6 +32,29 @@ pub(crate) fn operand(x: &Tensor) -> Result<Tensor, TchError> {
     x.f_to_kind(product_kind(x.kind(), x.device()))
 }
 
+/// Rows up to which a CPU's fp32 product is faster the other way round.
+const FEW_ROWS: i64 = 16;
+
+/// `x` (`[rows, in]`) times `weight`ᵀ (`[out, in]`), plus `bias` (`[out]`): `[rows, out]`.
+///
+/// The library under libtorch reads the weight at half its speed where `x` has a few rows
+/// and stands first: 4 rows take all of SmolLM2's blocks 76 ms, and as W xᵀ 37 ms.
+pub(crate) fn multiply(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Tensor, TchError> {
+    let rows = x.size2()?.0;
+    if x.device() != Device::Cpu || x.kind() != Kind::Float || !(2..=FEW_ROWS).contains(&rows) {
+        return x.f_linear(weight, bias);
+    }
+    let product = weight.f_mm(&x.f_tr()?)?.f_tr()?.f_contiguous()?;
+    match bias {
+        Some(bias) => product.f_add(bias),
+        None => Ok(product),
+    }
+}
+
 /// Operands, as many as there are.
 pub(crate) fn operands<const N: usize>(all: [&Tensor; N]) -> Result<[Tensor; N], TchError> {
     let mut widened = all.map(Tensor::shallow_clone);

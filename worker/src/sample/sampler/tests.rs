@@ -264,7 +264,7 @@ fn many_samples_of_a_prompt_cost_one() {
     let together = sampler.sample(&shard, &mut |_| ControlFlow::Continue(())).unwrap();
     // All but its last token once, and that for each.
     assert_eq!(together.work.prefilled, 999 + 128);
-    assert_eq!(sampler.cache.tokens(), 999 + 128 * (1 + 23));
+    assert_eq!(sampler.cache.held(), 999 + 128 * (1 + 23));
     assert!(tokens(&together.samples).iter().collect::<HashSet<_>>().len() > 100);
     for at in [0, 77, 127] {
         let prompts = vec![shard.prompts[at].clone()];
@@ -334,7 +334,7 @@ fn aborted_shards_leave_nothing_behind() {
         }
     }
     assert_eq!(sampler.sample(&shard, &mut free).unwrap().samples, expected);
-    assert_eq!(sampler.cache.tokens(), 3 * (60 + 23));
+    assert_eq!(sampler.cache.held(), 3 * (60 + 23));
     assert!(held[1] - held[0] < 8 << 20, "500 aborted shards left {} bytes", held[1] - held[0]);
 }
 
