@@ -23,9 +23,9 @@ fn public_dialogues_train_through_two_iterations() {
         command.args(["--corpus", corpus.to_str().unwrap(), "--seeds", seeds.to_str().unwrap()]);
         for setting in [
             "data.limit=64",
-            "text.max_length=320",
-            "text.max_prompt_tokens=224",
-            "sampling.max_prompt_tokens=320",
+            "text.max_length=192",
+            "text.max_prompt_tokens=128",
+            "sampling.max_prompt_tokens=192",
             "sampling.max_new_tokens=24",
             "training.warm_start_epochs=1",
         ] {
