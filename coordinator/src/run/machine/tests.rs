@@ -283,7 +283,8 @@ fn shards_in_the_journal_are_not_sampled_again() {
             _ => None,
         })
         .collect();
-    assert_eq!(sampled.len(), 7 - done.len());
+    // 20 prompts by threes are 7 shards; two workers get as many each.
+    assert_eq!(sampled.len(), 8 - done.len());
     assert!(done.iter().all(|shard| !sampled.contains(shard)));
     assert!(matches!(
         work(&effects).iter().find(|(_, c)| matches!(c, Command::LoadModel(_))),
