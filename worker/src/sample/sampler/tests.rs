@@ -316,6 +316,8 @@ fn an_end_can_be_put_off_and_repetition_punished() {
 /// A stop anywhere leaves the sampler as good as new, and nothing behind.
 #[test]
 fn aborted_shards_leave_nothing_behind() {
+    // Other tests want the other cores.
+    tch::set_num_threads(1);
     let model = model();
     let shard = shard(&[60, 30, 9], 0.8, &[]);
     let mut sampler = Sampler::new(&model).unwrap();
