@@ -22,7 +22,7 @@ STAMP := .venv/.installed-$(shell cat $(REQUIREMENTS) | sha256sum | cut -c1-16)
 DENY_VERSION := 0.20.2
 DENY := .cache/tools/cargo-deny-$(DENY_VERSION)/bin/cargo-deny
 
-.PHONY: help setup system build demo bench test check deny clean
+.PHONY: help setup system build demo bench chaos test check deny clean
 
 help: ## list these targets
 	@echo "usage: make TARGET"
@@ -80,6 +80,13 @@ bench: build ## measure the engines beside TRL and transformers, and two workers
 	@for benchmark in $(ONLY); do
 		target/release/bench $$benchmark $(ARGS)
 	done
+
+# How many runs `make chaos` disturbs, and the first one's seed.
+SEEDS ?= 100
+FIRST_SEED ?= 0
+
+chaos: build ## kill and stop processes of small runs, SEEDS=100 times, and compare bytes
+	@target/release/chaos --seeds $(SEEDS) --first-seed $(FIRST_SEED) $(ARGS)
 
 # Whole-system tests compute on every core: one at a time, whichever runner.
 test: build ## run all tests

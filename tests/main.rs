@@ -10,6 +10,7 @@ mod corpus;
 mod demo;
 mod determinism;
 mod model_parity;
+mod recovery;
 mod run;
 mod text_parity;
 mod train_memory;

@@ -135,7 +135,7 @@ fn what_cannot_begin_is_refused_by_name() {
     let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
     std::fs::set_permissions(&script, mode).unwrap();
     let dead = format!("launch.worker={}", script.display());
-    let words = &["worker 0 is lost", "exit status: 3", "no GPU, no luck", "--resume"];
+    let words = &["worker 0 did not start", "exit status: 3", "no GPU, no luck", "--resume"];
     refused(&["--set", &dead], &path("dead"), 1, words);
     refused(&[], &path("dead"), 1, &["holds a run already", "--resume"]);
     let missing = path("nothing");

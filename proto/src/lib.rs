@@ -9,11 +9,15 @@ pub mod v1 {
 
 /// Version a worker names in its `Hello`. Raised by any change that an older
 /// peer would misread; the coordinator refuses every other version.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// Environment variable that hands a worker its run's join token. Never a
 /// command-line argument: those are public on a shared machine.
 pub const JOIN_TOKEN_ENV: &str = "DRIFT_JOIN_TOKEN";
+
+/// Environment variable that names the process which started a worker: the worker
+/// ends with it.
+pub const LAUNCHER_ENV: &str = "DRIFT_LAUNCHER";
 
 /// Largest message either side accepts, in bytes. The largest in use is a
 /// batch of token ids: about 1 MiB for 32 pairs of 2,048 tokens.

@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use drift_proto::JOIN_TOKEN_ENV;
+use drift_proto::{JOIN_TOKEN_ENV, LAUNCHER_ENV};
 use drift_worker::agent::{AgentOptions, choose_device, run};
 use tracing::{error, info};
 use tracing_subscriber::EnvFilter;
@@ -55,6 +55,7 @@ fn main() -> ExitCode {
 }
 
 fn serve(arguments: Arguments) -> anyhow::Result<()> {
+    end_with_launcher()?;
     let token = std::env::var(JOIN_TOKEN_ENV).map_err(|_| {
         anyhow::anyhow!(
             "{JOIN_TOKEN_ENV} is not set: the coordinator hands it to the workers that it starts"
@@ -73,5 +74,17 @@ fn serve(arguments: Arguments) -> anyhow::Result<()> {
     // wait for a step.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(run(options))?;
+    Ok(())
+}
+
+/// Where a coordinator started this worker, has the kernel end it when that
+/// coordinator dies: a worker that is stopped or hangs would outlive it.
+fn end_with_launcher() -> anyhow::Result<()> {
+    use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
+    let Ok(launcher) = std::env::var(LAUNCHER_ENV) else { return Ok(()) };
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    // It may have died before that.
+    let launcher = launcher.parse().ok().and_then(Pid::from_raw);
+    anyhow::ensure!(getppid() == launcher, "the coordinator that started this worker is gone");
     Ok(())
 }

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::types::{
     ByteSize, DType, DeviceChoice, Guidance, HeldOutSetting, LogFormat, Loss, Method, OneOrMany,
-    OptimizerChoice, Recompute, Reference, Schedule, Sharding,
+    OptimizerChoice, PoisonShard, Recompute, Reference, Schedule, Sharding,
 };
 use crate::text::DEFAULT_INSTRUCTION;
 
@@ -227,8 +227,18 @@ settings! {
         start_timeout: f64 = 120.0;
         /// Seconds between a worker's heartbeats.
         heartbeat: f64 = 1.0;
-        /// Seconds of silence after which a worker counts as lost.
-        heartbeat_deadline: f64 = 30.0;
+        /// Seconds of silence after which a worker counts as lost. A stream that
+        /// closes counts at once.
+        heartbeat_deadline: f64 = 5.0;
+        /// Lost workers, or failed commands, that the run bears before it makes
+        /// progress again. Each is made good: the worker is started anew, and what is
+        /// lost with it computed again.
+        max_losses: u32 = 10;
+        /// Workers that may be lost over one shard of prompts.
+        shard_tries: u32 = 3;
+        /// What follows then: `stop`, or `skip`, which leaves its prompts out of the
+        /// iteration and says so.
+        poison_shard: PoisonShard = PoisonShard::Stop;
         /// Seconds that forming the process group, or an operation of it, may take.
         collective_timeout: f64 = 600.0;
     }
@@ -244,6 +254,13 @@ settings! {
         log_format: LogFormat = LogFormat::Text;
         /// One line per training step.
         log_steps: bool = false;
+        /// Steps after which training state is saved inside an epoch (0: never for
+        /// their sake). It is written beside the next steps; what a lost worker costs
+        /// is the steps since.
+        snapshot_steps: u32 = 0;
+        /// Minutes after which it is saved, whichever comes first (0: never for
+        /// their sake).
+        snapshot_minutes: f64 = 10.0;
     }
 }
 

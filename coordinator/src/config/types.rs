@@ -34,6 +34,16 @@ choice! {
 }
 
 choice! {
+    /// What follows when a shard takes its worker with it each time.
+    PoisonShard {
+        /// The run ends.
+        Stop = "stop",
+        /// The run goes on without its prompts.
+        Skip = "skip",
+    }
+}
+
+choice! {
     /// Shape of the learning rate after the warm-up.
     Schedule {
         /// Falls to 0 in a straight line.

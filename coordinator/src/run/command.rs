@@ -34,6 +34,24 @@ pub enum ModelSource {
     Snapshot(Iteration, Epoch),
 }
 
+/// Training state on disk: when it was taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum SnapshotId {
+    /// At an epoch's end.
+    EndOf(Iteration, Epoch),
+    /// Inside an epoch, behind a step of the iteration.
+    After(Iteration, Step),
+}
+
+impl SnapshotId {
+    /// The iteration that it belongs to.
+    pub fn iteration(self) -> Iteration {
+        match self {
+            Self::EndOf(iteration, _) | Self::After(iteration, _) => iteration,
+        }
+    }
+}
+
 /// A pair by its id, with its reference log-probabilities once they are known.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PairRef {
@@ -48,6 +66,8 @@ pub struct PairRef {
 pub enum Command {
     /// Form the process group; rank 0 gets no address and opens the store.
     OpenGroup {
+        /// Counts the groups that this coordinator formed: keeps their keys apart.
+        number: u64,
         /// Where rank 0's store listens.
         store: Option<String>,
     },
@@ -80,10 +100,12 @@ pub enum Command {
         /// This rank's share.
         micro_batches: Vec<Vec<PairRef>>,
     },
-    /// Write this rank's part of masters and optimiser state.
-    SaveState(Iteration, Epoch),
+    /// Write this rank's part of masters and optimiser state. At an epoch's end the
+    /// answer is [`Report::StateSaved`]; inside one the part is copied, which is
+    /// answered by [`Report::Done`], and written beside the next steps.
+    SaveState(SnapshotId),
     /// Read back what of all parts the rank needs.
-    LoadState(Iteration, Epoch),
+    LoadState(SnapshotId),
     /// Write the weights as a checkpoint's files.
     SaveModel(Iteration, Epoch),
 }
@@ -97,6 +119,16 @@ pub struct WrittenFile {
     pub bytes: u64,
     /// SHA-256.
     pub sha256: [u8; 32],
+}
+
+/// What a snapshot inside an epoch took. It depends on the clock: people are told,
+/// and nothing rests on it.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct SaveSeconds {
+    /// Training stood still for the copy.
+    pub copy: f64,
+    /// Writing it, beside training.
+    pub write: f64,
 }
 
 /// One rank's part of an optimiser step.
@@ -157,6 +189,22 @@ pub enum Report {
     Stepped(StepOutcomes),
     /// The rank's part of masters and optimiser state is written; maybe no file at all.
     StateSaved(Vec<WrittenFile>),
+    /// The rank's part of a snapshot inside an epoch is written. Not final.
+    SnapshotWritten {
+        /// The step that it was taken behind.
+        step: Step,
+        /// What was written; maybe no file at all.
+        files: Vec<WrittenFile>,
+        /// What it took.
+        seconds: SaveSeconds,
+    },
+    /// The rank's part of a snapshot inside an epoch could not be written. Not final.
+    SnapshotFailed {
+        /// The step that it was taken behind.
+        step: Step,
+        /// Why.
+        why: String,
+    },
     /// Weights are written.
     ModelSaved(Vec<WrittenFile>),
     /// The command in hand failed.
@@ -166,6 +214,12 @@ pub enum Report {
 impl Report {
     /// Whether it answers a command, rather than telling of one under way.
     pub fn is_final(&self) -> bool {
-        !matches!(self, Self::StoreListening(_) | Self::SampleProgress { .. })
+        !matches!(
+            self,
+            Self::StoreListening(_)
+                | Self::SampleProgress { .. }
+                | Self::SnapshotWritten { .. }
+                | Self::SnapshotFailed { .. }
+        )
     }
 }

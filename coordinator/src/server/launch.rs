@@ -1,12 +1,13 @@
 //! Starts local worker processes, watches them, and leaves none behind.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use drift_proto::JOIN_TOKEN_ENV;
+use drift_proto::{JOIN_TOKEN_ENV, LAUNCHER_ENV};
 use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -14,6 +15,7 @@ use tokio::task::JoinHandle;
 use super::door::JoinToken;
 use crate::config::{DeviceChoice, LaunchSettings};
 use crate::run::command::Rank;
+use crate::store::worker_log;
 
 /// Why a worker could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +54,10 @@ pub enum LaunchError {
 pub struct WorkerExit {
     /// Which.
     pub rank: Rank,
+    /// Counts the processes that were started; a lost one's successor has another.
+    pub process: u64,
+    /// Whether it ended by itself, rather than by a signal.
+    pub by_itself: bool,
     /// Its status, in words.
     pub status: String,
     /// The last lines of its log.
@@ -86,29 +92,99 @@ pub fn threads_per_worker(settings: &LaunchSettings, workers: u32) -> usize {
     (cores / workers as usize).max(1)
 }
 
+/// How the workers of a run are started.
+#[derive(Debug)]
+pub struct LaunchPlan {
+    /// The program.
+    pub program: PathBuf,
+    /// Device and program, as set.
+    pub settings: LaunchSettings,
+    /// Threads of each.
+    pub threads: usize,
+    /// Where the coordinator listens.
+    pub address: SocketAddr,
+    /// What lets them in.
+    pub token: JoinToken,
+    /// Folder of their logs.
+    pub logs: PathBuf,
+}
+
 /// Running workers of one run. Dropped, it kills them.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Launcher {
-    watchers: Vec<(JoinHandle<()>, mpsc::Sender<()>)>,
+    plan: LaunchPlan,
+    exits: mpsc::UnboundedSender<WorkerExit>,
+    running: BTreeMap<Rank, Running>,
+    processes: u64,
+}
+
+/// A process and the task that watches it.
+#[derive(Debug)]
+struct Running {
+    process: u64,
+    /// It was given up: its end is no news.
+    is_dismissed: bool,
+    watcher: JoinHandle<()>,
+    kill: mpsc::Sender<()>,
 }
 
 impl Launcher {
-    /// Starts the worker of `rank`. Its output goes to `log`; its end to `exits`.
+    /// Starts nothing yet; ends of processes go to `exits`.
+    pub fn new(plan: LaunchPlan, exits: mpsc::UnboundedSender<WorkerExit>) -> Self {
+        Self { plan, exits, running: BTreeMap::new(), processes: 0 }
+    }
+
+    /// Whether this is the rank's process of now, and not given up.
+    pub fn is_current(&self, rank: Rank, process: u64) -> bool {
+        self.running.get(&rank).is_some_and(|r| r.process == process && !r.is_dismissed)
+    }
+
+    /// Kills the worker of `rank`, if there is one: a process that is stopped or hangs
+    /// holds sockets that others wait for.
+    pub fn kill(&mut self, rank: Rank) {
+        if let Some(running) = self.running.get_mut(&rank) {
+            running.is_dismissed = true;
+            // A full queue holds the same wish already.
+            let _ = running.kill.try_send(());
+        }
+    }
+
+    /// Starts the worker of `rank` once the one before it, if any, is gone: two do not
+    /// fit into a device's memory.
     ///
     /// # Errors
-    /// The program or its log cannot be opened.
-    #[allow(clippy::too_many_arguments)] // one call, and each argument a different thing
-    pub fn start(
-        &mut self,
-        program: &Path,
-        rank: Rank,
-        settings: &LaunchSettings,
-        threads: usize,
-        address: SocketAddr,
-        token: &JoinToken,
-        log: &Path,
-        exits: mpsc::UnboundedSender<WorkerExit>,
-    ) -> Result<(), LaunchError> {
+    /// Its log cannot be opened, or the program not be started.
+    pub fn start(&mut self, rank: Rank) -> Result<(), LaunchError> {
+        self.kill(rank);
+        let before = self.running.remove(&rank);
+        self.processes += 1;
+        let process = self.processes;
+        let log = self.plan.logs.join(worker_log(rank.0));
+        let mut command = self.command(rank, &log)?;
+        let first = match before {
+            None => Some(spawn(&mut command, &self.plan.program)?),
+            Some(_) => None,
+        };
+        let (kill, mut killed) = mpsc::channel(1);
+        let (exits, program) = (self.exits.clone(), self.plan.program.clone());
+        let watcher = tokio::spawn(async move {
+            if let Some(before) = before {
+                let _ = before.watcher.await;
+            }
+            let spawned = first.map_or_else(|| spawn(&mut command, &program), Ok);
+            let (status, by_itself) = match spawned {
+                Ok(child) => watch(child, &mut killed).await,
+                Err(error) => (error.to_string(), true),
+            };
+            let last_lines = last_lines(&log, 12);
+            let _ = exits.send(WorkerExit { rank, process, by_itself, status, last_lines });
+        });
+        self.running.insert(rank, Running { process, is_dismissed: false, watcher, kill });
+        Ok(())
+    }
+
+    fn command(&self, rank: Rank, log: &Path) -> Result<Command, LaunchError> {
+        let LaunchPlan { program, settings, threads, address, token, .. } = &self.plan;
         let open = || File::options().create(true).append(true).open(log);
         let log_error = |cause| LaunchError::Log { path: log.to_owned(), cause };
         let (out, err) = (open().map_err(log_error)?, open().map_err(log_error)?);
@@ -124,6 +200,7 @@ impl Launcher {
             .args(["--slot", &rank.to_string(), "--device", &device])
             .args(["--threads", &threads.to_string()])
             .env(JOIN_TOKEN_ENV, token.reveal())
+            .env(LAUNCHER_ENV, std::process::id().to_string())
             .stdin(Stdio::null())
             .stdout(out)
             .stderr(err)
@@ -131,19 +208,13 @@ impl Launcher {
             // end is for the coordinator to arrange.
             .process_group(0)
             .kill_on_drop(true);
-        let child = command
-            .spawn()
-            .map_err(|cause| LaunchError::Spawn { program: program.to_owned(), cause })?;
-        let (kill, killed) = mpsc::channel(1);
-        let watcher = tokio::spawn(watch(child, killed, rank, log.to_owned(), exits));
-        self.watchers.push((watcher, kill));
-        Ok(())
+        Ok(command)
     }
 
     /// Waits until all workers are gone; kills those that are still there after `grace`.
     pub async fn reap(&mut self, grace: Duration) {
         let deadline = tokio::time::Instant::now() + grace;
-        for (mut watcher, kill) in self.watchers.drain(..) {
+        for (_, Running { mut watcher, kill, .. }) in std::mem::take(&mut self.running) {
             if tokio::time::timeout_at(deadline, &mut watcher).await.is_err() {
                 let _ = kill.send(()).await;
                 let _ = watcher.await;
@@ -152,13 +223,12 @@ impl Launcher {
     }
 }
 
-async fn watch(
-    mut child: Child,
-    mut killed: mpsc::Receiver<()>,
-    rank: Rank,
-    log: PathBuf,
-    exits: mpsc::UnboundedSender<WorkerExit>,
-) {
+fn spawn(command: &mut Command, program: &Path) -> Result<Child, LaunchError> {
+    command.spawn().map_err(|cause| LaunchError::Spawn { program: program.to_owned(), cause })
+}
+
+/// Waits for a process to end, or ends it; says how it ended, and whether by itself.
+async fn watch(mut child: Child, killed: &mut mpsc::Receiver<()>) -> (String, bool) {
     let status = tokio::select! {
         status = child.wait() => status,
         _ = killed.recv() => {
@@ -166,8 +236,10 @@ async fn watch(
             child.wait().await
         }
     };
-    let status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
-    let _ = exits.send(WorkerExit { rank, status, last_lines: last_lines(&log, 12) });
+    match status {
+        Ok(status) => (status.to_string(), status.code().is_some()),
+        Err(error) => (error.to_string(), false),
+    }
 }
 
 /// The last lines of a log, for the error that tells of its writer's end.

@@ -6,6 +6,6 @@ mod service;
 mod wire;
 
 pub use door::JoinToken;
-pub use launch::{LaunchError, Launcher, WorkerExit, find_worker, threads_per_worker};
-pub use service::{AttachPlan, Link, Server, WorkerEvent};
+pub use launch::{LaunchError, LaunchPlan, Launcher, WorkerExit, find_worker, threads_per_worker};
+pub use service::{AttachPlan, Link, LinkId, Origin, Server, WorkerEvent};
 pub use wire::{Outgoing, PairBatch};

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use drift_proto::v1::{
@@ -13,7 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::{TcpListenerStream, UnboundedReceiverStream};
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
-use tracing::{info, warn};
+use tracing::warn;
 
 use super::door::JoinToken;
 use super::wire::{Incoming, Outgoing, incoming};
@@ -39,7 +40,8 @@ pub struct AttachPlan {
 pub struct Link(mpsc::UnboundedSender<Result<pb::CoordinatorMessage, Status>>);
 
 impl Link {
-    /// Greets a worker that is admitted. Must come before its first command.
+    /// Greets a worker that is admitted, before its first command, or calls it into
+    /// a new generation.
     pub fn welcome(&self, rank: Rank, plan: AttachPlan) {
         let welcome = pb::Welcome {
             generation: plan.generation,
@@ -56,6 +58,22 @@ impl Link {
     }
 }
 
+/// Tells one stream from every other, before and after it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinkId(u64);
+
+/// Where a message comes from: a message of another stream, or of another generation
+/// than the rank is in, is stale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Origin {
+    /// The rank it was started for.
+    pub rank: Rank,
+    /// Its stream.
+    pub link: LinkId,
+    /// The generation that the message names.
+    pub generation: u64,
+}
+
 /// What comes from workers.
 #[derive(Debug)]
 pub enum WorkerEvent {
@@ -65,17 +83,21 @@ pub enum WorkerEvent {
         rank: Rank,
         /// What it runs on, for people.
         about: String,
+        /// Its stream.
+        id: LinkId,
         /// The way down to it.
         link: Link,
         /// `Err` carries why not.
-        answer: oneshot::Sender<Result<AttachPlan, String>>,
+        answer: oneshot::Sender<Result<(), String>>,
     },
     /// It tells something.
-    Report(Rank, Report),
+    Report(Origin, Report),
+    /// It dropped what it held, and begins the generation.
+    Ready(Origin),
     /// It lives.
-    Heartbeat(Rank),
+    Heartbeat(Rank, LinkId),
     /// Its stream is closed.
-    Lost(Rank, String),
+    Lost(Rank, LinkId, String),
 }
 
 /// The listening server.
@@ -97,9 +119,12 @@ impl Server {
     ) -> std::io::Result<Self> {
         let listener = TcpListener::bind(address).await?;
         let address = listener.local_addr()?;
-        let service = coordinator_server::CoordinatorServer::new(Service { events })
-            .max_decoding_message_size(MAX_MESSAGE_BYTES)
-            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        let service = coordinator_server::CoordinatorServer::new(Service {
+            events,
+            links: AtomicU64::new(0),
+        })
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES);
         let guarded = tonic::service::interceptor::InterceptedService::new(service, token);
         tokio::spawn(async move {
             let served = tonic::transport::Server::builder()
@@ -118,6 +143,7 @@ impl Server {
 
 struct Service {
     events: mpsc::UnboundedSender<WorkerEvent>,
+    links: AtomicU64,
 }
 
 type Outbound = Pin<Box<dyn Stream<Item = Result<pb::CoordinatorMessage, Status>> + Send>>;
@@ -151,12 +177,13 @@ impl coordinator_server::Coordinator for Service {
             hello.device, hello.host, hello.pid, hello.threads, hello.libtorch_version
         );
         let link = Link(down);
-        self.tell(WorkerEvent::Attach { rank, about, link, answer })?;
-        let plan = answered
+        let id = LinkId(self.links.fetch_add(1, Ordering::Relaxed));
+        self.tell(WorkerEvent::Attach { rank, about, id, link, answer })?;
+        answered
             .await
             .map_err(|_| Status::unavailable("the run is over"))?
             .map_err(Status::failed_precondition)?;
-        tokio::spawn(listen(inbound, rank, plan.generation, self.events.clone()));
+        tokio::spawn(listen(inbound, rank, id, self.events.clone()));
         Ok(Response::new(Box::pin(UnboundedReceiverStream::new(outbound))))
     }
 }
@@ -171,7 +198,7 @@ impl Service {
 async fn listen(
     mut inbound: Streaming<pb::WorkerMessage>,
     rank: Rank,
-    generation: u64,
+    link: LinkId,
     events: mpsc::UnboundedSender<WorkerEvent>,
 ) {
     let why = loop {
@@ -180,18 +207,16 @@ async fn listen(
             Some(Err(status)) => break format!("its stream broke: {}", status.message()),
             None => break "it closed its stream".to_owned(),
         };
-        if message.generation != generation {
-            info!(%rank, theirs = message.generation, ours = generation, "drop a stale message");
-            continue;
-        }
+        let from = Origin { rank, link, generation: message.generation };
         let event = match incoming(message) {
-            Ok(Incoming::Heartbeat) => WorkerEvent::Heartbeat(rank),
-            Ok(Incoming::Report(report)) => WorkerEvent::Report(rank, report),
+            Ok(Incoming::Heartbeat) => WorkerEvent::Heartbeat(rank, link),
+            Ok(Incoming::Ready) => WorkerEvent::Ready(from),
+            Ok(Incoming::Report(report)) => WorkerEvent::Report(from, report),
             Err(what) => break format!("it sent {what}"),
         };
         if events.send(event).is_err() {
             return;
         }
     };
-    let _ = events.send(WorkerEvent::Lost(rank, why));
+    let _ = events.send(WorkerEvent::Lost(rank, link, why));
 }

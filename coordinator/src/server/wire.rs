@@ -8,7 +8,7 @@ use crate::config::{
 use crate::domain::{
     FinishReason, PairId, PromptId, ReferenceLogps, Sample, ShardId, Step, TokenPair,
 };
-use crate::run::command::{Report, StepOutcomes, WrittenFile};
+use crate::run::command::{Report, SaveSeconds, StepOutcomes, WrittenFile};
 use crate::run::metrics::PairOutcome;
 
 /// Pairs computed together, with their reference log-probabilities where known.
@@ -19,6 +19,8 @@ pub type PairBatch = Vec<(TokenPair, Option<ReferenceLogps>)>;
 pub enum Outgoing {
     /// See [`Command::OpenGroup`](crate::run::Command::OpenGroup).
     OpenGroup {
+        /// Keeps the group's keys apart from other groups'.
+        number: u64,
         /// Where rank 0's store listens; empty for rank 0 itself.
         store: Option<String>,
         /// Seconds a collective may take.
@@ -68,6 +70,13 @@ pub enum Outgoing {
     },
     /// Write the rank's part of training state into a folder.
     SaveState(String),
+    /// Copy it, and write the copy beside the next commands.
+    SaveStateBeside {
+        /// The folder.
+        directory: String,
+        /// The step that it is taken behind.
+        step: Step,
+    },
     /// Read back what the rank needs of all parts.
     LoadState(String),
     /// Write weights into a folder.
@@ -83,7 +92,8 @@ pub enum Outgoing {
 impl From<Outgoing> for pb::CoordinatorMessage {
     fn from(outgoing: Outgoing) -> Self {
         let body = match outgoing {
-            Outgoing::OpenGroup { store, timeout } => Down::OpenGroup(pb::OpenGroup {
+            Outgoing::OpenGroup { number, store, timeout } => Down::OpenGroup(pb::OpenGroup {
+                number,
                 store_address: store.unwrap_or_default(),
                 timeout_seconds: timeout,
             }),
@@ -133,7 +143,12 @@ impl From<Outgoing> for pb::CoordinatorMessage {
                     micro_batches: micro_batches.into_iter().map(micro_batch).collect(),
                 })
             }
-            Outgoing::SaveState(directory) => Down::SaveState(pb::SaveState { directory }),
+            Outgoing::SaveState(directory) => {
+                Down::SaveState(pb::SaveState { directory, background: false, step: 0 })
+            }
+            Outgoing::SaveStateBeside { directory, step } => {
+                Down::SaveState(pb::SaveState { directory, background: true, step: step.0 })
+            }
             Outgoing::LoadState(directory) => Down::LoadState(pb::LoadState { directory }),
             Outgoing::SaveModel(directory) => Down::SaveModel(pb::SaveModel { directory }),
             Outgoing::Abort => Down::Abort(pb::Abort {}),
@@ -220,6 +235,8 @@ fn micro_batch(pairs: PairBatch) -> pb::MicroBatch {
 pub(super) enum Incoming {
     /// A heartbeat.
     Heartbeat,
+    /// It begins a generation.
+    Ready,
     /// A report.
     Report(Report),
 }
@@ -230,6 +247,7 @@ pub(super) fn incoming(message: pb::WorkerMessage) -> Result<Incoming, String> {
     let report = match body {
         Up::Hello(_) => return Err("a second greeting".to_owned()),
         Up::Heartbeat(_) => return Ok(Incoming::Heartbeat),
+        Up::Ready(_) => return Ok(Incoming::Ready),
         Up::StoreListening(m) => Report::StoreListening(m.address),
         Up::Done(_) => Report::Done,
         Up::ModelReady(m) => Report::ModelReady { parameters: m.parameters },
@@ -264,6 +282,12 @@ pub(super) fn incoming(message: pb::WorkerMessage) -> Result<Incoming, String> {
             exposed_seconds: m.exposed_seconds,
         }),
         Up::StateSaved(m) => Report::StateSaved(files(m.files)?),
+        Up::SnapshotWritten(m) if m.failure.is_empty() => Report::SnapshotWritten {
+            step: Step(m.step),
+            files: files(m.files)?,
+            seconds: SaveSeconds { copy: m.copy_seconds, write: m.write_seconds },
+        },
+        Up::SnapshotWritten(m) => Report::SnapshotFailed { step: Step(m.step), why: m.failure },
         Up::ModelSaved(m) => Report::ModelSaved(files(m.files)?),
         Up::Failure(m) => Report::Failed(m.message),
     };

@@ -38,4 +38,4 @@ pub mod run_dir;
 pub use error::StoreError;
 pub use journal::{Commit, CommittedPhase, Journal, RunMeta, StepRecord};
 pub use manifest::{FileEntry, Manifest, Subject, VerifyError};
-pub use run_dir::RunDir;
+pub use run_dir::{RunDir, worker_log};

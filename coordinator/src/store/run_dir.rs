@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::error::StoreError;
 use super::publish;
-use crate::domain::{Epoch, Iteration};
+use crate::domain::{Epoch, Iteration, Step};
 
 const LOCK: &str = "lock";
 const CONFIG: &str = "config.toml";
@@ -109,7 +109,11 @@ impl RunDir {
         Ok(())
     }
 
-    fn sweep(&self) -> Result<(), StoreError> {
+    /// Removes what interrupted writes left.
+    ///
+    /// # Errors
+    /// The operation that failed.
+    pub fn sweep(&self) -> Result<(), StoreError> {
         let mut folders = vec![self.root.clone(), self.snapshots()];
         for entry in publish::list(&self.iterations())? {
             if entry.path().is_dir() {
@@ -192,6 +196,43 @@ impl RunDir {
         self.snapshots().join(format!("{:02}-epoch-{}", iteration.0, epoch.0))
     }
 
+    /// `snapshots/01-step-40`: training state behind that step, inside an epoch.
+    pub fn step_snapshot(&self, iteration: Iteration, step: Step) -> PathBuf {
+        self.snapshots().join(format!("{:02}-step-{}", iteration.0, step.0))
+    }
+
+    /// Steps of an iteration behind which there is a snapshot, the last one first.
+    ///
+    /// # Errors
+    /// The operation that failed.
+    pub fn step_snapshots(&self, iteration: Iteration) -> Result<Vec<Step>, StoreError> {
+        let prefix = format!("{:02}-step-", iteration.0);
+        let mut steps: Vec<_> = publish::list(&self.snapshots())?
+            .iter()
+            .filter_map(|entry| entry.file_name().to_str()?.strip_prefix(&prefix)?.parse().ok())
+            .map(Step)
+            .collect();
+        steps.sort_unstable_by(|a, b| b.cmp(a));
+        Ok(steps)
+    }
+
+    /// Removes an iteration's snapshots inside epochs, but for the one behind `kept`.
+    ///
+    /// # Errors
+    /// The operation that failed.
+    pub fn prune_step_snapshots(
+        &self,
+        iteration: Iteration,
+        kept: Option<Step>,
+    ) -> Result<(), StoreError> {
+        for step in self.step_snapshots(iteration)? {
+            if Some(step) != kept {
+                publish::retire_dir(&self.step_snapshot(iteration, step))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Removes all snapshots of iterations up to and with `iteration`: its
     /// checkpoint is published and supersedes them.
     ///
@@ -200,7 +241,11 @@ impl RunDir {
     pub fn prune_snapshots(&self, iteration: Iteration) -> Result<(), StoreError> {
         for entry in publish::list(&self.snapshots())? {
             let name = entry.file_name();
-            let of = name.to_str().and_then(|name| name.split_once("-epoch-")?.0.parse().ok());
+            let of = name.to_str().and_then(|name| {
+                let (of, kind) = name.split_once('-')?;
+                let is_ours = kind.starts_with("epoch-") || kind.starts_with("step-");
+                of.parse().ok().filter(|_| is_ours)
+            });
             if of.is_some_and(|of: u32| of <= iteration.0) {
                 publish::retire_dir(&entry.path())?;
             }
@@ -220,8 +265,13 @@ impl RunDir {
 
     /// `logs/worker-0.log`: standard error of the worker in that slot.
     pub fn worker_log(&self, slot: u32) -> PathBuf {
-        self.logs().join(format!("worker-{slot}.log"))
+        self.logs().join(worker_log(slot))
     }
+}
+
+/// Name of a worker's log.
+pub fn worker_log(slot: u32) -> String {
+    format!("worker-{slot}.log")
 }
 
 /// Refuses a folder with anything that a run which died before its journal
@@ -332,6 +382,21 @@ mod tests {
         let left: Vec<_> =
             publish::list(&run.snapshots()).unwrap().iter().map(|e| e.file_name()).collect();
         assert_eq!(left, ["10-epoch-0"]);
+    }
+
+    #[test]
+    fn snapshots_inside_an_epoch_are_found_last_first_and_pruned_but_for_one() {
+        let (_dir, root) = a_run();
+        let run = RunDir::open(&root).unwrap();
+        for (iteration, step) in [(1, 9), (1, 10), (1, 2), (10, 3)] {
+            fs::create_dir(run.step_snapshot(Iteration(iteration), Step(step))).unwrap();
+        }
+        assert_eq!(run.step_snapshots(Iteration(1)).unwrap(), [Step(10), Step(9), Step(2)]);
+        run.prune_step_snapshots(Iteration(1), Some(Step(10))).unwrap();
+        assert_eq!(run.step_snapshots(Iteration(1)).unwrap(), [Step(10)]);
+        run.prune_snapshots(Iteration(1)).unwrap();
+        assert_eq!(run.step_snapshots(Iteration(1)).unwrap(), []);
+        assert_eq!(run.step_snapshots(Iteration(10)).unwrap(), [Step(3)]);
     }
 
     #[test]

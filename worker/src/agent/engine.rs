@@ -23,13 +23,32 @@ use crate::train::{
 /// What the engine is told.
 #[derive(Debug)]
 pub(super) enum Command {
-    OpenGroup { store: Option<String>, timeout: Duration },
-    LoadModel { directory: PathBuf, kind: Kind },
-    Sample { number: u64, shard: sample::Shard },
-    Score { batch: u64, micro_batches: Vec<MicroBatch> },
+    Stop,
+    OpenGroup {
+        number: u64,
+        store: Option<String>,
+        timeout: Duration,
+    },
+    LoadModel {
+        directory: PathBuf,
+        kind: Kind,
+    },
+    Sample {
+        number: u64,
+        shard: sample::Shard,
+    },
+    Score {
+        batch: u64,
+        micro_batches: Vec<MicroBatch>,
+    },
     BeginTraining(TrainingSettings),
     TrainStep(TrainStep),
     SaveState(PathBuf),
+    /// Copy now, write beside the next commands.
+    SaveStateBeside {
+        directory: PathBuf,
+        step: u64,
+    },
     LoadState(PathBuf),
     SaveModel(PathBuf),
 }
@@ -39,12 +58,36 @@ pub(super) enum Command {
 pub(super) enum Reply {
     StoreListening(String),
     Done,
-    ModelReady { parameters: u64 },
-    SampleProgress { shard: u64, tokens: u64, finished: u32 },
-    Sampled { shard: u64, samples: Vec<Sample>, seconds: f64 },
-    Scored { batch: u64, logps: Vec<PairLogps> },
-    Stepped { step: u64, report: StepReport, seconds: f64 },
+    ModelReady {
+        parameters: u64,
+    },
+    SampleProgress {
+        shard: u64,
+        tokens: u64,
+        finished: u32,
+    },
+    Sampled {
+        shard: u64,
+        samples: Vec<Sample>,
+        seconds: f64,
+    },
+    Scored {
+        batch: u64,
+        logps: Vec<PairLogps>,
+    },
+    Stepped {
+        step: u64,
+        report: StepReport,
+        seconds: f64,
+    },
     StateSaved(Vec<SavedFile>),
+    SnapshotWritten {
+        step: u64,
+        /// `Err` carries why not.
+        saved: Result<Vec<SavedFile>, String>,
+        copy_seconds: f64,
+        write_seconds: f64,
+    },
     ModelSaved(Vec<SavedFile>),
     Failed(String),
 }
@@ -62,7 +105,6 @@ pub(super) struct Engine {
 /// Where the engine stands among the others.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Place {
-    pub(super) generation: u64,
     pub(super) rank: u32,
     pub(super) world_size: u32,
 }
@@ -87,6 +129,7 @@ impl Engine {
                 sampler: None,
                 group: None,
                 _store: None,
+                writer: None,
             };
             bench.serve(&inbox);
         })?;
@@ -99,14 +142,15 @@ impl Engine {
         let _ = self.commands.send(command);
     }
 
-    /// Stops at the running command's next check; true if the thread ended in time.
-    pub(super) fn stop(self, grace: Duration) -> bool {
+    /// Asks it to stop at the running command's next check, and to drop all it holds.
+    pub(super) fn ask_to_stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
-        drop(self.commands);
-        let deadline = Instant::now() + grace;
-        while !self.thread.is_finished() && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        // Wakes it if it waits for a command.
+        let _ = self.commands.send(Command::Stop);
+    }
+
+    /// Whether its thread has ended.
+    pub(super) fn has_stopped(&self) -> bool {
         self.thread.is_finished()
     }
 }
@@ -123,18 +167,29 @@ struct Bench {
     group: Option<ProcessGroup>,
     /// Rank 0's store must outlive the group's rendezvous.
     _store: Option<Store>,
+    /// Writes a copy of training state; at most one at a time.
+    writer: Option<JoinHandle<()>>,
 }
 
 impl Bench {
     fn serve(mut self, inbox: &Receiver<Command>) {
         for command in inbox {
             if self.stopped() {
-                return;
+                break;
             }
             let reply = self.carry_out(command).unwrap_or_else(|e| Reply::Failed(format!("{e:#}")));
             if self.stopped() || self.replies.send(reply).is_err() {
-                return;
+                break;
             }
+        }
+        // It sees the stop as well, and must not write where others write next.
+        self.await_writer();
+    }
+
+    fn await_writer(&mut self) {
+        if let Some(writer) = self.writer.take() {
+            // It tells of its own failures.
+            let _ = writer.join();
         }
     }
 
@@ -144,8 +199,9 @@ impl Bench {
 
     fn carry_out(&mut self, command: Command) -> Result<Reply> {
         match command {
-            Command::OpenGroup { store, timeout } => {
-                self.open_group(store, timeout).context("form the process group")
+            Command::Stop => bail!("stopped"),
+            Command::OpenGroup { number, store, timeout } => {
+                self.open_group(number, store, timeout).context("form the process group")
             }
             Command::LoadModel { directory, kind } => self
                 .load_model(&directory, kind)
@@ -165,7 +221,11 @@ impl Bench {
             Command::TrainStep(step) => {
                 self.train(&step).with_context(|| format!("train step {}", step.step))
             }
+            Command::SaveStateBeside { directory, step } => self
+                .save_beside(&directory, step)
+                .with_context(|| format!("copy training state for {}", directory.display())),
             Command::SaveState(folder) => {
+                self.await_writer();
                 let files = self.trainer()?.save_state(&folder);
                 let place = || format!("save training state in {}", folder.display());
                 Ok(Reply::StateSaved(files.with_context(place)?))
@@ -176,6 +236,7 @@ impl Bench {
                 Ok(Reply::Done)
             }
             Command::SaveModel(folder) => {
+                self.await_writer();
                 let files = self.trainer()?.policy().save(&folder);
                 let place = || format!("save the model in {}", folder.display());
                 Ok(Reply::ModelSaved(files.with_context(place)?))
@@ -187,9 +248,38 @@ impl Bench {
         self.trainer.as_mut().context("no model is loaded")
     }
 
-    fn open_group(&mut self, store: Option<String>, timeout: Duration) -> Result<Reply> {
+    /// Copies this rank's part of training state, and writes it on a thread of its own.
+    fn save_beside(&mut self, folder: &Path, step: u64) -> Result<Reply> {
+        self.await_writer();
+        let began = Instant::now();
+        let copy = self.trainer()?.copy_state(folder)?;
+        let copy_seconds = began.elapsed().as_secs_f64();
+        let (stop, replies) = (Arc::clone(&self.stop), self.replies.clone());
+        let folder = folder.to_owned();
+        let write = move || {
+            // What trains comes first.
+            let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), 10);
+            let began = Instant::now();
+            let saved = copy.write(&folder, &|| stop.load(Ordering::Relaxed));
+            let saved = saved.map_err(|error| format!("{:#}", anyhow::Error::from(error)));
+            let write_seconds = began.elapsed().as_secs_f64();
+            let _ =
+                replies.send(Reply::SnapshotWritten { step, saved, copy_seconds, write_seconds });
+        };
+        self.writer = Some(std::thread::Builder::new().name("snapshot".to_owned()).spawn(write)?);
+        Ok(Reply::Done)
+    }
+
+    fn open_group(
+        &mut self,
+        number: u64,
+        store: Option<String>,
+        timeout: Duration,
+    ) -> Result<Reply> {
         const HOST: &str = "127.0.0.1";
-        let Place { generation, rank, world_size } = self.place;
+        let Place { rank, world_size } = self.place;
+        // Those who are still in the old one must not wait for this rank.
+        (self.group, self._store) = (None, None);
         let store = match store {
             Some(address) => {
                 let (host, port) = address
@@ -205,7 +295,7 @@ impl Bench {
             }
             None => bail!("rank {rank} got no store address"),
         };
-        let group = ProcessGroup::gloo(&store, generation, rank, world_size, timeout, HOST)?;
+        let group = ProcessGroup::gloo(&store, number, rank, world_size, timeout, HOST)?;
         self.group = Some(group);
         self._store = Some(store);
         Ok(Reply::Done)

@@ -81,30 +81,19 @@ pub async fn run(options: AgentOptions) -> Result<(), AgentError> {
         Some(Err(status)) => return Err(AgentError::Refused(status.message().to_owned())),
         _ => return Err(AgentError::Refused("it sent no welcome".to_owned())),
     };
-    let place = Place {
-        generation: welcome.generation,
-        rank: welcome.rank,
-        world_size: welcome.world_size,
-    };
-    info!(
-        rank = place.rank,
-        world_size = place.world_size,
-        generation = place.generation,
-        "attached"
-    );
-    let (replies, mut replied) = mpsc::unbounded_channel();
-    let engine = Engine::start(options.device, place, replies).map_err(AgentError::Engine)?;
-    let period =
-        Duration::try_from_secs_f64(welcome.heartbeat_seconds).unwrap_or(Duration::from_secs(1));
-    let ended = serve(&mut inbound, &engine, &mut replied, &up, place.generation, period).await;
-    if !engine.stop(STOP_GRACE) {
-        // Inside libtorch, perhaps in a collective whose peer is gone: nothing
-        // there is worth waiting for, and an orderly exit would wait.
-        warn!("the engine did not stop in time; the process kills itself");
-        let _ =
-            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+    let mut session = Session::begin(options.device, &welcome, up)?;
+    let ended = session.serve(&mut inbound).await;
+    if !session.retire().await {
+        kill_self();
     }
     ended
+}
+
+/// The engine is inside libtorch, perhaps in a collective whose peer is gone: nothing
+/// there is worth waiting for, and an orderly exit would wait.
+fn kill_self() {
+    warn!("the engine did not stop in time; the process kills itself");
+    let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
 }
 
 /// Connects, proves itself, and opens the stream with a greeting.
@@ -144,49 +133,104 @@ async fn attach(
         .map_err(|status| AgentError::Refused(status.message().to_owned()))
 }
 
-/// Passes commands to the engine and its replies up, until told to leave.
-async fn serve(
-    inbound: &mut Streaming<pb::CoordinatorMessage>,
-    engine: &Engine,
-    replied: &mut UnboundedReceiver<Reply>,
-    up: &UnboundedSender<pb::WorkerMessage>,
+/// A generation that this worker belongs to, and the engine that computes in it.
+struct Session {
+    device: Device,
+    engine: Engine,
+    replied: UnboundedReceiver<Reply>,
+    up: UnboundedSender<pb::WorkerMessage>,
     generation: u64,
-    period: Duration,
-) -> Result<(), AgentError> {
-    let mut heartbeat = tokio::time::interval(period);
-    heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let send = |body| {
-        let _ = up.send(pb::WorkerMessage { generation, body: Some(body) });
-    };
-    loop {
-        tokio::select! {
-            message = inbound.next() => match message {
-                Some(Ok(pb::CoordinatorMessage { body: Some(body) })) => match body {
-                    Down::Shutdown(_) => return Ok(()),
-                    Down::Abort(_) => {
-                        info!("told to stop");
-                        return Ok(());
-                    }
-                    Down::Heartbeat(_) | Down::Welcome(_) => {}
-                    body => match wire::command(body) {
-                        Ok(command) => engine.send(command),
-                        Err(what) => send(wire::message(Reply::Failed(format!("decode a command: {what}")))),
+    heartbeat: tokio::time::Interval,
+}
+
+impl Session {
+    fn begin(
+        device: Device,
+        welcome: &pb::Welcome,
+        up: UnboundedSender<pb::WorkerMessage>,
+    ) -> Result<Self, AgentError> {
+        let place = Place { rank: welcome.rank, world_size: welcome.world_size };
+        let generation = welcome.generation;
+        info!(rank = place.rank, world_size = place.world_size, generation, "attached");
+        let (replies, replied) = mpsc::unbounded_channel();
+        let engine = Engine::start(device, place, replies).map_err(AgentError::Engine)?;
+        let period = Duration::try_from_secs_f64(welcome.heartbeat_seconds)
+            .unwrap_or(Duration::from_secs(1));
+        let mut heartbeat = tokio::time::interval(period);
+        heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        Ok(Self { device, engine, replied, up, generation, heartbeat })
+    }
+
+    fn send(&self, body: Up) {
+        let message = pb::WorkerMessage { generation: self.generation, body: Some(body) };
+        let _ = self.up.send(message);
+    }
+
+    /// Passes commands to the engine and its replies up, until told to leave.
+    async fn serve(
+        &mut self,
+        inbound: &mut Streaming<pb::CoordinatorMessage>,
+    ) -> Result<(), AgentError> {
+        loop {
+            tokio::select! {
+                message = inbound.next() => match message {
+                    Some(Ok(pb::CoordinatorMessage { body: Some(body) })) => match body {
+                        Down::Shutdown(_) => return Ok(()),
+                        Down::Abort(_) => {
+                            info!("told to stop");
+                            return Ok(());
+                        }
+                        Down::Heartbeat(_) => {}
+                        Down::Welcome(welcome) => self.begin_anew(&welcome).await?,
+                        body => match wire::command(body) {
+                            Ok(command) => self.engine.send(command),
+                            Err(what) => {
+                                let what = format!("decode a command: {what}");
+                                self.send(wire::message(Reply::Failed(what)));
+                            }
+                        },
                     },
+                    Some(Ok(pb::CoordinatorMessage { body: None })) => {}
+                    Some(Err(status)) => return Err(AgentError::Lost(status.message().to_owned())),
+                    None => return Err(AgentError::Lost("it closed the stream".to_owned())),
                 },
-                Some(Ok(pb::CoordinatorMessage { body: None })) => {}
-                Some(Err(status)) => return Err(AgentError::Lost(status.message().to_owned())),
-                None => return Err(AgentError::Lost("it closed the stream".to_owned())),
-            },
-            Some(reply) = replied.recv() => {
-                if let Reply::Failed(message) = &reply {
-                    warn!(%message, "a command failed");
+                Some(reply) = self.replied.recv() => {
+                    if let Reply::Failed(message) = &reply {
+                        warn!(%message, "a command failed");
+                    }
+                    self.send(wire::message(reply));
                 }
-                send(wire::message(reply));
-            }
-            _ = heartbeat.tick() => {
-                send(Up::Heartbeat(pb::Heartbeat { resident_bytes: resident_bytes() }));
+                _ = self.heartbeat.tick() => self.beat(),
             }
         }
+    }
+
+    /// Drops what belongs to the generation so far, and begins the next.
+    async fn begin_anew(&mut self, welcome: &pb::Welcome) -> Result<(), AgentError> {
+        if !self.retire().await {
+            kill_self();
+        }
+        *self = Self::begin(self.device, welcome, self.up.clone())?;
+        self.send(Up::Ready(pb::Ready {}));
+        Ok(())
+    }
+
+    /// Stops the engine at its next check, with heartbeats going on; false if it did
+    /// not stop in time.
+    async fn retire(&mut self) -> bool {
+        self.engine.ask_to_stop();
+        let deadline = tokio::time::Instant::now() + STOP_GRACE;
+        while !self.engine.has_stopped() && tokio::time::Instant::now() < deadline {
+            tokio::select! {
+                () = tokio::time::sleep(Duration::from_millis(5)) => {}
+                _ = self.heartbeat.tick() => self.beat(),
+            }
+        }
+        self.engine.has_stopped()
+    }
+
+    fn beat(&self) {
+        self.send(Up::Heartbeat(pb::Heartbeat { resident_bytes: resident_bytes() }));
     }
 }
 

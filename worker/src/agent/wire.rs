@@ -19,6 +19,7 @@ use crate::train::{
 pub(super) fn command(body: Down) -> Result<Command, String> {
     Ok(match body {
         Down::OpenGroup(m) => Command::OpenGroup {
+            number: m.number,
             store: (!m.store_address.is_empty()).then_some(m.store_address),
             timeout: Duration::try_from_secs_f64(m.timeout_seconds)
                 .map_err(|e| format!("open_group.timeout_seconds: {e}"))?,
@@ -85,6 +86,9 @@ pub(super) fn command(body: Down) -> Result<Command, String> {
             global_pairs: m.global_pairs,
             micro_batches: micro_batches(m.micro_batches),
         }),
+        Down::SaveState(m) if m.background => {
+            Command::SaveStateBeside { directory: m.directory.into(), step: m.step }
+        }
         Down::SaveState(m) => Command::SaveState(PathBuf::from(m.directory)),
         Down::LoadState(m) => Command::LoadState(PathBuf::from(m.directory)),
         Down::SaveModel(m) => Command::SaveModel(PathBuf::from(m.directory)),
@@ -208,6 +212,14 @@ pub(super) fn message(reply: Reply) -> Up {
         }),
         Reply::StateSaved(files) => Up::StateSaved(pb::StateSaved { files: self::files(files) }),
         Reply::ModelSaved(files) => Up::ModelSaved(pb::ModelSaved { files: self::files(files) }),
+        Reply::SnapshotWritten { step, saved, copy_seconds, write_seconds } => {
+            let (files, failure) = match saved {
+                Ok(files) => (self::files(files), String::new()),
+                Err(why) => (Vec::new(), why),
+            };
+            let told = pb::SnapshotWritten { step, files, copy_seconds, write_seconds, failure };
+            Up::SnapshotWritten(told)
+        }
         Reply::Failed(message) => Up::Failure(pb::Failure { message }),
     }
 }

@@ -40,7 +40,7 @@ impl ProcessGroup {
     /// Forms a group over Gloo, for tensors in CPU memory. Waits until all of
     /// `world_size` ranks are connected with one another.
     ///
-    /// `generation` keeps this group's keys in the store apart from those of
+    /// `number` keeps this group's keys in the store apart from those of
     /// groups before it; all ranks give the same one. `timeout` bounds the
     /// forming and each operation. `host` is an address of this machine, at
     /// which the other ranks reach it.
@@ -50,7 +50,7 @@ impl ProcessGroup {
     /// where `host` is not an address of this machine.
     pub fn gloo(
         store: &Store,
-        generation: u64,
+        number: u64,
         rank: u32,
         world_size: u32,
         timeout: Duration,
@@ -58,7 +58,7 @@ impl ProcessGroup {
     ) -> Result<Self, CollectiveError> {
         let member = Member { rank, world_size };
         let (c_rank, c_world_size) = c_ranks(rank, world_size)?;
-        let prefix = prefix(generation);
+        let prefix = prefix(number);
         let host = c_string(host)?;
         let (handle, text) = ffi::call(|error| {
             // SAFETY: the store's handle is live, the strings outlive the call, `error` is valid.
@@ -248,7 +248,7 @@ fn c_ranks(rank: u32, world_size: u32) -> Result<(c_int, c_int), CollectiveError
     }
 }
 
-fn prefix(generation: u64) -> CString {
+fn prefix(number: u64) -> CString {
     // A formatted number holds no zero byte.
-    CString::new(format!("generation/{generation}")).unwrap_or_default()
+    CString::new(format!("group/{number}")).unwrap_or_default()
 }

@@ -48,6 +48,7 @@ mod tests;
 
 pub use error::TrainError;
 pub use memory::MemoryReport;
+pub use state::StateCopy;
 pub use trace::Trace;
 pub use trainer::Trainer;
 pub use types::{

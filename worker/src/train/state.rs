@@ -14,7 +14,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
-use tch::{TchError, Tensor};
+use tch::{Device, TchError, Tensor};
 
 use super::error::TrainError;
 use super::sharding::{Segment, segments};
@@ -57,26 +57,17 @@ impl Trainer {
     /// # Errors
     /// [`TrainError::NotBegun`]; [`TrainError::Model`] where the file system refuses.
     pub fn save_state(&self, dir: &Path) -> Result<Vec<SavedFile>, TrainError> {
-        let training = self.training()?;
-        let partition = training.partition;
-        if !partition.is_sharded() && training.rank != 0 {
-            return Ok(Vec::new());
-        }
-        let name = file_name(partition.rank() + 1, partition.ranks());
-        let path = dir.join(&name);
-        let runs = own_runs(training)?;
-        let header =
-            header(training, &runs).map_err(|reason| TrainError::State { path, reason })?;
-        let saved = write_file(dir, &name, |out: &mut dyn Write| {
-            out.write_all(&(header.len() as u64).to_le_bytes())?;
-            out.write_all(&header)?;
-            let mut buffer = Vec::new();
-            for run in &runs {
-                write_tensor(out, &run.values, &mut buffer)?;
-            }
-            Ok(())
-        })?;
-        Ok(vec![saved])
+        StateCopy(Part::of(self.training()?, dir)?).write(dir, &|| false)
+    }
+
+    /// Copies into host memory what [`Self::save_state`] would write, so that it can be
+    /// written while training goes on. `dir` is for errors.
+    ///
+    /// # Errors
+    /// [`TrainError::NotBegun`]; [`TrainError::State`]; libtorch's.
+    pub fn copy_state(&self, dir: &Path) -> Result<StateCopy, TrainError> {
+        let part = Part::of(self.training()?, dir)?;
+        Ok(StateCopy(part.map(Part::copied).transpose()?))
     }
 
     /// Reads what [`Self::save_state`] wrote to `dir`, on however many ranks,
@@ -97,6 +88,68 @@ impl Trainer {
         }
         training.optimizer.resume(&training.buckets, snapshot.steps())?;
         Ok(())
+    }
+}
+
+/// A rank's part of a training state, which nothing changes any more. It is none for a
+/// rank that owns nothing of its own.
+#[derive(Debug)]
+pub struct StateCopy(Option<Part>);
+
+impl StateCopy {
+    /// Writes and syncs the part's file in `dir`, unless `stop` says to leave off.
+    ///
+    /// # Errors
+    /// [`TrainError::Model`] where the file system refuses, or it was stopped.
+    pub fn write(&self, dir: &Path, stop: &dyn Fn() -> bool) -> Result<Vec<SavedFile>, TrainError> {
+        let Some(Part { name, header, values }) = &self.0 else { return Ok(Vec::new()) };
+        let saved = write_file(dir, name, |out: &mut dyn Write| {
+            out.write_all(&(header.len() as u64).to_le_bytes())?;
+            out.write_all(header)?;
+            let mut buffer = Vec::new();
+            for values in values {
+                if stop() {
+                    return Err(std::io::Error::other("stopped"));
+                }
+                write_tensor(out, values, &mut buffer)?;
+            }
+            Ok(())
+        })?;
+        Ok(vec![saved])
+    }
+}
+
+/// A state file in the making.
+#[derive(Debug)]
+struct Part {
+    name: String,
+    header: Vec<u8>,
+    /// In the order of the header.
+    values: Vec<Tensor>,
+}
+
+impl Part {
+    /// Views of what this rank owns; none where rank 0 writes for all.
+    fn of(training: &Training, dir: &Path) -> Result<Option<Self>, TrainError> {
+        let partition = training.partition;
+        if !partition.is_sharded() && training.rank != 0 {
+            return Ok(None);
+        }
+        let name = file_name(partition.rank() + 1, partition.ranks());
+        let runs = own_runs(training)?;
+        let header = header(training, &runs)
+            .map_err(|reason| TrainError::State { path: dir.join(&name), reason })?;
+        Ok(Some(Self { name, header, values: runs.into_iter().map(|run| run.values).collect() }))
+    }
+
+    fn copied(self) -> Result<Self, TchError> {
+        let copy = |values: &Tensor| -> Result<Tensor, TchError> {
+            let mut copy = Tensor::f_empty(values.size(), (values.kind(), Device::Cpu))?;
+            copy.f_copy_(values)?;
+            Ok(copy)
+        };
+        let values = tch::no_grad(|| self.values.iter().map(copy).collect::<Result<_, _>>())?;
+        Ok(Self { values, ..self })
     }
 }
 

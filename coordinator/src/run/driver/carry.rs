@@ -1,32 +1,49 @@
 //! Effects, one by one.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde_json::json;
 use tracing::{info, warn};
 
 use super::{
-    Command, Driver, Effect, Finished, Iteration, ModelSource, PairRef, Rank, fault, publish,
-    unix_seconds,
+    Command, Driver, Effect, Event, Finished, Iteration, ModelSource, PairRef, Rank, SnapshotId,
+    fault, publish, unix_seconds,
 };
-use crate::domain::{Epoch, PairRow, PromptId, Step};
+use crate::domain::{Epoch, PairRow, PromptId, ShardId, Step};
 use crate::run::machine::{ReductionSeconds, SnapshotKind};
 use crate::run::metrics::StepMetrics;
 use crate::server::{Outgoing, PairBatch};
 use crate::store::metrics::{MetricsLog, MetricsRow};
 use crate::store::pairs::write_pairs;
 use crate::store::publish::{begin_staging, staging};
-use crate::store::{Commit, CommittedPhase, StepRecord};
+use crate::store::{Commit, CommittedPhase, Journal, RunDir, StepRecord};
 use crate::text;
 
 impl Driver {
-    pub(super) fn carry_out(&mut self, effect: Effect) -> Result<()> {
+    /// Carries out one effect; gives back what the machine is to hear of it at once.
+    pub(super) fn carry_out(&mut self, effect: Effect) -> Result<Option<Event>> {
+        if effect == Effect::Rewind {
+            return self.rewind().map(Some);
+        }
+        self.carry(effect).map(|()| None)
+    }
+
+    fn carry(&mut self, effect: Effect) -> Result<()> {
         match effect {
             Effect::Send(rank, command) => self.send(rank, command),
             Effect::Commit { iteration, phase, epoch, detail } => {
                 self.commit(iteration, phase, epoch, detail)
             }
+            Effect::Lost(rank, why) => self.drop_worker(rank, &why),
+            Effect::Failed(rank, why) => {
+                warn!(%rank, why, "a worker's command failed; all go back to what is on disk");
+                Ok(())
+            }
+            Effect::Start(rank) => Ok(self.launcher.start(rank)?),
+            Effect::Call(ranks) => self.call(&ranks),
+            Effect::Rewind => Ok(()),
+            Effect::SetAside(k, shard, why) => self.set_aside(k, shard, &why),
             Effect::RecordShard(k, shard, samples) => {
                 self.session.journal.record_shard(k, shard, &samples).context("record a shard")?;
                 Ok(())
@@ -42,16 +59,35 @@ impl Driver {
                 warn!(iteration = k.0, "{concern}");
                 Ok(())
             }
-            Effect::BeginSnapshot(k, epoch, kind) => {
-                match kind {
-                    SnapshotKind::State => begin_staging(&self.session.run.snapshot(k, epoch))?,
-                    SnapshotKind::Model => publish::begin_model(&self.session, k, epoch)?,
+            Effect::BeginSnapshot(id, kind) => {
+                match (id, kind) {
+                    (SnapshotId::EndOf(k, epoch), SnapshotKind::Model) => {
+                        publish::begin_model(&self.session, k, epoch)?
+                    }
+                    _ => begin_staging(&self.snapshot(id))?,
                 };
                 Ok(())
             }
-            Effect::KeepSnapshot(k, epoch, files) => {
-                let subject = publish::subject(&self.session, k);
-                publish::keep_snapshot(&self.session.run, k, epoch, &files, subject)
+            Effect::KeepSnapshot(id, files) => {
+                let subject = publish::subject(&self.session, id.iteration());
+                publish::keep_snapshot(&self.snapshot(id), &files, subject)?;
+                if let SnapshotId::After(k, step) = id {
+                    self.session.run.prune_step_snapshots(k, Some(step))?;
+                    fault::at("snapshot");
+                }
+                Ok(())
+            }
+            Effect::SnapshotKept(id, seconds) => {
+                let (held, written) = (seconds.copy, seconds.write);
+                info!(
+                    ?id,
+                    held, written, "snapshot: training was held up and went on beside it (s)"
+                );
+                Ok(())
+            }
+            Effect::SnapshotFailed(id, why) => {
+                warn!(?id, why, "a snapshot inside an epoch could not be saved; training goes on");
+                Ok(())
             }
             Effect::BuildPairs(k) => self.build_pairs(k),
             Effect::Publish(k, epoch) => {
@@ -69,10 +105,7 @@ impl Driver {
                 Ok(())
             }
             Effect::Dismiss => {
-                for link in self.links.values() {
-                    link.send(Outgoing::Abort);
-                    link.send(Outgoing::Shutdown);
-                }
+                self.dismiss();
                 Ok(())
             }
             Effect::End(outcome) => {
@@ -85,8 +118,8 @@ impl Driver {
     fn send(&mut self, rank: Rank, command: Command) -> Result<()> {
         let settings = &self.session.settings;
         let outgoing = match command {
-            Command::OpenGroup { store } => {
-                Outgoing::OpenGroup { store, timeout: settings.launch.collective_timeout }
+            Command::OpenGroup { number, store } => {
+                Outgoing::OpenGroup { number, store, timeout: settings.launch.collective_timeout }
             }
             Command::LoadModel(source) => Outgoing::LoadModel {
                 directory: self.folder(source)?,
@@ -108,17 +141,36 @@ impl Driver {
                 let micro_batches = self.with_tokens(micro_batches)?;
                 Outgoing::TrainStep { step, learning_rate, global_pairs, micro_batches }
             }
-            Command::SaveState(k, epoch) => {
-                Outgoing::SaveState(utf8(&staging(&self.session.run.snapshot(k, epoch)))?)
+            Command::SaveState(id) => {
+                let directory = utf8(&staging(&self.snapshot(id)))?;
+                match id {
+                    SnapshotId::EndOf(..) => Outgoing::SaveState(directory),
+                    SnapshotId::After(_, step) => Outgoing::SaveStateBeside { directory, step },
+                }
             }
             Command::SaveModel(k, epoch) => {
                 Outgoing::SaveModel(utf8(&staging(&self.session.run.snapshot(k, epoch)))?)
             }
-            Command::LoadState(k, epoch) => {
-                Outgoing::LoadState(utf8(&self.session.run.snapshot(k, epoch))?)
-            }
+            Command::LoadState(id) => Outgoing::LoadState(utf8(&self.snapshot(id))?),
         };
         self.link(rank)?.send(outgoing);
+        Ok(())
+    }
+
+    fn snapshot(&self, id: SnapshotId) -> PathBuf {
+        match id {
+            SnapshotId::EndOf(k, epoch) => self.session.run.snapshot(k, epoch),
+            SnapshotId::After(k, step) => self.session.run.step_snapshot(k, step),
+        }
+    }
+
+    /// Keeps a shard without samples, so that nobody takes it again.
+    fn set_aside(&mut self, k: Iteration, shard: ShardId, why: &str) -> Result<()> {
+        let prompts = self.shards.get(&shard).map_or(0, |shard| shard.prompts.len());
+        warn!(iteration = k.0, %shard, prompts, why, "a shard is left out");
+        let kind = format!("shard {shard} of iteration {k}, left out");
+        self.session.journal.record_counts(&kind, &json!({ "prompts": prompts, "why": why }))?;
+        self.session.journal.record_shard(k, shard, &[]).context("record a shard")?;
         Ok(())
     }
 
@@ -163,47 +215,24 @@ impl Driver {
         info!(iteration = iteration.0, phase = %phase, epoch = epoch.map(|e| e.0), "committed");
         fault::at("committed");
         match phase {
-            CommittedPhase::Trained => self.metrics = None,
+            CommittedPhase::Trained => {
+                self.metrics = None;
+                self.session.run.prune_step_snapshots(iteration, None)?;
+            }
             CommittedPhase::Evaluated => {
                 self.view.evaluated(iteration, &commit.detail);
-                self.renew_metrics()?;
+                renew_metrics(&self.session.journal, &self.session.run)?;
             }
-            CommittedPhase::Published => self.session.run.prune_snapshots(iteration)?,
+            CommittedPhase::Published => {
+                self.session.run.prune_snapshots(iteration)?;
+                // What workers that were lost or called left half-written.
+                if let Err(error) = self.session.run.sweep() {
+                    warn!(%error, "could not remove what an interrupted write left");
+                }
+            }
             _ => {}
         }
         Ok(())
-    }
-
-    /// Makes the `metrics.jsonl` of the last committed iteration anew from the
-    /// journal. Also when a run goes on: it may have died between a commit and this.
-    pub(super) fn renew_metrics(&self) -> Result<()> {
-        let commits = self.session.journal.commits()?;
-        let Some(k) = commits.last().map(|commit| commit.iteration) else { return Ok(()) };
-        let rows = self.metric_rows(k)?;
-        if !rows.is_empty() {
-            crate::store::metrics::write(&self.session.run.metrics(k), &rows)?;
-        }
-        Ok(())
-    }
-
-    /// Lines of `metrics.jsonl` as the journal has them.
-    fn metric_rows(&self, k: Iteration) -> Result<Vec<MetricsRow>> {
-        let steps = self.session.journal.steps(k)?;
-        let commits = self.session.journal.commits()?;
-        let evaluation = |epoch: Epoch| {
-            commits.iter().find(|c| {
-                c.iteration == k && c.phase == CommittedPhase::Evaluated && c.epoch == Some(epoch)
-            })
-        };
-        let mut rows = Vec::new();
-        for (n, step) in steps.iter().enumerate() {
-            rows.push(MetricsRow::step(k, step));
-            let ends_epoch = steps.get(n + 1).is_none_or(|next| next.epoch != step.epoch);
-            if ends_epoch && let Some(evaluated) = evaluation(step.epoch) {
-                rows.push(MetricsRow::evaluation(k, step.step, &evaluated.detail));
-            }
-        }
-        Ok(rows)
     }
 
     fn record_step(
@@ -223,7 +252,7 @@ impl Driver {
         record["reduce_seconds"] = json!(reduction.busy);
         record["exposed_seconds"] = json!(reduction.exposed);
         if self.metrics.is_none() {
-            let rows = self.metric_rows(k)?;
+            let rows = metric_rows(&self.session.journal, k)?;
             self.metrics = Some(MetricsLog::begin(&self.session.run.metrics(k), &rows)?);
         }
         self.session.journal.record_step(k, epoch, step, &record)?;
@@ -267,6 +296,38 @@ impl Driver {
         });
         Ok(())
     }
+}
+
+/// Makes the `metrics.jsonl` of the last committed iteration anew from the
+/// journal. Also when a run goes on: it may have died between a commit and this.
+pub(super) fn renew_metrics(journal: &Journal, run: &RunDir) -> Result<()> {
+    let commits = journal.commits()?;
+    let Some(k) = commits.last().map(|commit| commit.iteration) else { return Ok(()) };
+    let rows = metric_rows(journal, k)?;
+    if !rows.is_empty() {
+        crate::store::metrics::write(&run.metrics(k), &rows)?;
+    }
+    Ok(())
+}
+
+/// Lines of `metrics.jsonl` as the journal has them.
+fn metric_rows(journal: &Journal, k: Iteration) -> Result<Vec<MetricsRow>> {
+    let steps = journal.steps(k)?;
+    let commits = journal.commits()?;
+    let evaluation = |epoch: Epoch| {
+        commits.iter().find(|c| {
+            c.iteration == k && c.phase == CommittedPhase::Evaluated && c.epoch == Some(epoch)
+        })
+    };
+    let mut rows = Vec::new();
+    for (n, step) in steps.iter().enumerate() {
+        rows.push(MetricsRow::step(k, step));
+        let ends_epoch = steps.get(n + 1).is_none_or(|next| next.epoch != step.epoch);
+        if ends_epoch && let Some(evaluated) = evaluation(step.epoch) {
+            rows.push(MetricsRow::evaluation(k, step.step, &evaluated.detail));
+        }
+    }
+    Ok(rows)
 }
 
 /// Folders travel to workers as text.

@@ -6,6 +6,7 @@
 
 mod carry;
 mod fault;
+mod members;
 mod prepare;
 mod publish;
 mod resume;
@@ -17,25 +18,26 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use tokio::sync::mpsc;
-use tracing::{debug, info, warn};
+use tracing::{debug, info};
 
+use self::members::Peer;
 pub(crate) use self::prepare::named_format;
 pub use self::prepare::{Prepared, prepare};
 pub use self::summary::summarise;
 use self::view::View;
-use super::command::{Command, ModelSource, PairRef, Rank, Report};
-use super::machine::{Effect, Event, Machine, Outcome, PairSets, Position, RunShape};
+use super::command::{Command, ModelSource, PairRef, Rank, Report, SnapshotId};
+use super::machine::{Effect, Event, Machine, Outcome, PairSets, Position, Resume, RunShape};
 use super::plan::{CostModel, Shard, plan_shards};
 use crate::config::Settings;
 use crate::domain::{Iteration, PairId, PairRow, ShardId, TokenPair};
 use crate::server::{
-    AttachPlan, JoinToken, Launcher, Link, Server, WorkerEvent, WorkerExit, find_worker,
+    JoinToken, LaunchPlan, Launcher, Server, WorkerEvent, WorkerExit, find_worker,
     threads_per_worker,
 };
 use crate::store::metrics::MetricsLog;
-use crate::store::{CommittedPhase, Journal, RunDir};
+use crate::store::{Commit, CommittedPhase, Journal, RunDir};
 use crate::text::PairCounts;
 use crate::ui::Progress;
 
@@ -61,7 +63,7 @@ pub struct Session {
 }
 
 /// Heartbeats and deadlines are looked at this often.
-const TICK: Duration = Duration::from_millis(500);
+const TICK: Duration = Duration::from_millis(250);
 
 /// Workers have this long to leave after they were told to.
 const LEAVE_GRACE: Duration = Duration::from_secs(8);
@@ -77,8 +79,11 @@ struct Driver {
     session: Session,
     machine: Machine,
     began: Instant,
-    links: BTreeMap<Rank, Link>,
+    launcher: Launcher,
+    peers: BTreeMap<Rank, Peer>,
+    /// The last one given out: to a worker that attached, or to those that were called.
     generation: u64,
+    losses: u64,
     shards: BTreeMap<ShardId, Shard>,
     /// Token ids of the iteration in hand.
     pairs: BTreeMap<PairId, TokenPair>,
@@ -102,10 +107,9 @@ pub async fn drive(session: Session, mut stop: mpsc::Receiver<()>) -> Result<(Se
     let (worker_events, mut from_workers) = mpsc::unbounded_channel();
     let (exits, mut exited) = mpsc::unbounded_channel();
     let (finished, mut from_threads) = mpsc::unbounded_channel();
-    let mut driver = Driver::new(session, shape, finished)?;
-    if driver.machine.position() == Position::Finished {
-        driver.finish()?;
-        return Ok((driver.session, Outcome::Finished));
+    let start = Start::of(session, shape)?;
+    if start.resume.position == Position::Finished {
+        return Ok((start.finish()?, Outcome::Finished));
     }
     let program = find_worker(&settings.launch)?;
     let token = JoinToken::generate().context("make a join token")?;
@@ -113,24 +117,21 @@ pub async fn drive(session: Session, mut stop: mpsc::Receiver<()>) -> Result<(Se
     let server = Server::start(listen, token.clone(), worker_events)
         .await
         .with_context(|| format!("listen on {listen}"))?;
-    let mut launcher = Launcher::default();
-    let workers = driver.session.workers;
+    let workers = start.session.workers;
     let threads = threads_per_worker(&settings.launch, workers);
+    let plan = LaunchPlan {
+        program,
+        threads,
+        address: server.address,
+        token,
+        logs: start.session.run.logs(),
+        settings: settings.launch.clone(),
+    };
+    let mut driver = Driver::new(start, Launcher::new(plan, exits), finished)?;
     driver.record_start(threads)?;
     info!(address = %server.address, workers, threads, "start workers");
     for rank in (0..workers).map(Rank) {
-        let log = driver.session.run.worker_log(rank.0);
-        let exits = exits.clone();
-        launcher.start(
-            &program,
-            rank,
-            &settings.launch,
-            threads,
-            server.address,
-            &token,
-            &log,
-            exits,
-        )?;
+        driver.launcher.start(rank)?;
     }
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -144,8 +145,8 @@ pub async fn drive(session: Session, mut stop: mpsc::Receiver<()>) -> Result<(Se
                 driver.feed(Event::StopRequested);
             }
             _ = tick.tick() => {
-                for link in driver.links.values() {
-                    link.send(crate::server::Outgoing::Heartbeat);
+                for peer in driver.peers.values() {
+                    peer.link.send(crate::server::Outgoing::Heartbeat);
                 }
                 driver.feed(Event::Tick);
             }
@@ -153,54 +154,76 @@ pub async fn drive(session: Session, mut stop: mpsc::Receiver<()>) -> Result<(Se
     }
     driver.view.close();
     // Links must close before the workers are waited for.
-    driver.links.clear();
-    launcher.reap(LEAVE_GRACE).await;
+    driver.peers.clear();
+    driver.launcher.reap(LEAVE_GRACE).await;
     let outcome = driver.outcome.take().unwrap_or(Outcome::Stopped);
     Ok((driver.session, outcome))
 }
 
-impl Driver {
-    fn new(
-        mut session: Session,
-        shape: RunShape,
-        finished: mpsc::UnboundedSender<Finished>,
-    ) -> Result<Self> {
+/// A session, and where it goes on.
+struct Start {
+    session: Session,
+    shape: RunShape,
+    resume: Resume,
+    pairs: BTreeMap<PairId, TokenPair>,
+}
+
+impl Start {
+    fn of(mut session: Session, shape: RunShape) -> Result<Self> {
         let workers = session.workers;
         let (resume, rows) =
             resume::resume(&session.run, &mut session.journal, shape.extent, workers)?;
+        Ok(Self { session, shape, resume, pairs: by_id(rows) })
+    }
+
+    /// Everything is published: commits so, if the run died just before it did.
+    fn finish(mut self) -> Result<Session> {
+        let journal = &mut self.session.journal;
+        carry::renew_metrics(journal, &self.session.run)?;
+        let commits = journal.commits()?;
+        if let Some(last) = commits.last().filter(|last| last.phase != CommittedPhase::Finished) {
+            let (iteration, phase) = (last.iteration, CommittedPhase::Finished);
+            let detail = serde_json::json!({});
+            journal.commit(&Commit {
+                iteration,
+                phase,
+                epoch: None,
+                at: unix_seconds(),
+                detail,
+            })?;
+        }
+        Ok(self.session)
+    }
+}
+
+impl Driver {
+    fn new(
+        start: Start,
+        launcher: Launcher,
+        finished: mpsc::UnboundedSender<Finished>,
+    ) -> Result<Self> {
+        let Start { mut session, shape, resume, pairs } = start;
         let shards = plan_shards(&shape.prompts, shape.sharding)
             .into_iter()
             .map(|shard| (shard.id, shard))
             .collect();
-        let generation = session.journal.next_generation()?;
-        let pairs = by_id(rows);
-        let view = View::new(session.progress.clone(), session.settings.run.log_steps);
-        let driver = Self {
+        carry::renew_metrics(&session.journal, &session.run)?;
+        Ok(Self {
+            generation: session.journal.next_generation()?,
+            view: View::new(session.progress.clone(), session.settings.run.log_steps),
             machine: Machine::new(Duration::ZERO, shape, resume),
             session,
             began: Instant::now(),
-            links: BTreeMap::new(),
-            generation,
+            launcher,
+            peers: BTreeMap::new(),
+            losses: 0,
             shards,
             pairs,
             metrics: None,
             last_step: Instant::now(),
-            view,
             finished,
             outcome: None,
-        };
-        driver.renew_metrics()?;
-        Ok(driver)
-    }
-
-    /// Everything is published: commits so, if the run died just before it did.
-    fn finish(&mut self) -> Result<()> {
-        let commits = self.session.journal.commits()?;
-        let last = commits.last().filter(|commit| commit.phase != CommittedPhase::Finished);
-        match last.map(|commit| commit.iteration) {
-            Some(k) => self.commit(k, CommittedPhase::Finished, None, serde_json::json!({})),
-            None => Ok(()),
-        }
+        })
     }
 
     /// Keeps with how many workers the run goes on this time, and on how many
@@ -224,71 +247,16 @@ impl Driver {
         while let Some(event) = events.pop_front() {
             for effect in self.machine.step(self.now(), event) {
                 debug!(?effect, "carry out");
-                if let Err(error) = self.carry_out(effect) {
-                    // The effects behind a failed one rest on it.
-                    events.push_back(Event::EffectFailed(format!("{error:#}")));
-                    break;
-                }
-            }
-        }
-    }
-
-    fn worker_event(&mut self, event: WorkerEvent) {
-        match event {
-            WorkerEvent::Attach { rank, about, link, answer } => {
-                let plan = match self.admit(rank) {
-                    Ok(plan) => plan,
-                    Err(why) => {
-                        warn!(%rank, why, "refuse a worker");
-                        let _ = answer.send(Err(why));
-                        return;
+                match self.carry_out(effect) {
+                    Ok(next) => events.extend(next),
+                    Err(error) => {
+                        // The effects behind a failed one rest on it.
+                        events.push_back(Event::EffectFailed(format!("{error:#}")));
+                        break;
                     }
-                };
-                link.welcome(rank, plan);
-                if answer.send(Ok(plan)).is_ok() {
-                    info!(%rank, about, "worker attached");
-                    self.links.insert(rank, link);
-                    self.feed(Event::Attached(rank));
                 }
             }
-            WorkerEvent::Report(rank, report) => {
-                self.view.report(&report);
-                self.feed(Event::Told(rank, report));
-            }
-            WorkerEvent::Heartbeat(rank) => self.feed(Event::Heard(rank)),
-            WorkerEvent::Lost(rank, why) => {
-                self.links.remove(&rank);
-                self.feed(Event::Lost(rank, format!("{why}{}", self.log_hint(rank))));
-            }
         }
-    }
-
-    fn admit(&self, rank: Rank) -> Result<AttachPlan, String> {
-        let world_size = self.session.workers;
-        if rank.0 >= world_size {
-            return Err(format!("slot {rank} is outside this run's {world_size} workers"));
-        }
-        if self.links.contains_key(&rank) {
-            return Err(format!("slot {rank} has its worker already"));
-        }
-        Ok(AttachPlan {
-            generation: self.generation,
-            world_size,
-            heartbeat: self.session.settings.launch.heartbeat,
-        })
-    }
-
-    fn worker_exit(&mut self, exit: WorkerExit) {
-        let mut why = format!("its process ended ({})", exit.status);
-        if !exit.last_lines.is_empty() {
-            why.push_str("; its last lines:");
-            for line in &exit.last_lines {
-                why.push_str("\n    ");
-                why.push_str(line);
-            }
-        }
-        self.links.remove(&exit.rank);
-        self.feed(Event::Lost(exit.rank, why));
     }
 
     fn thread_done(&mut self, done: Finished) {
@@ -308,17 +276,6 @@ impl Driver {
             }
         };
         self.feed(event);
-    }
-
-    fn log_hint(&self, rank: Rank) -> String {
-        format!("; its log is {}", self.session.run.worker_log(rank.0).display())
-    }
-
-    fn link(&self, rank: Rank) -> Result<&Link> {
-        match self.links.get(&rank) {
-            Some(link) => Ok(link),
-            None => bail!("worker {rank} is gone"),
-        }
     }
 }
 

@@ -11,7 +11,7 @@ use crate::config::DType;
 use crate::domain::{Epoch, Iteration};
 use crate::run::command::WrittenFile;
 use crate::store::publish::{begin_staging, publish_dir, staging};
-use crate::store::{FileEntry, Manifest, RunDir, Subject};
+use crate::store::{FileEntry, Manifest, Subject};
 
 /// What a manifest of this run says it belongs to.
 pub(super) fn subject(session: &Session, k: Iteration) -> Subject {
@@ -62,21 +62,14 @@ fn write_config(session: &Session, folder: &Path) -> Result<()> {
 }
 
 /// Gives a staged snapshot its manifest and its name.
-pub(super) fn keep_snapshot(
-    run: &RunDir,
-    k: Iteration,
-    epoch: Epoch,
-    files: &[WrittenFile],
-    subject: Subject,
-) -> Result<()> {
-    let target = run.snapshot(k, epoch);
-    let staged = staging(&target);
+pub(super) fn keep_snapshot(target: &Path, files: &[WrittenFile], subject: Subject) -> Result<()> {
+    let staged = staging(target);
     let known: BTreeMap<_, _> = files
         .iter()
         .map(|file| (file.name.clone(), FileEntry::new(file.bytes, &file.sha256)))
         .collect();
     Manifest::build(&staged, subject, &known, &mut |_| {})?.save(&staged)?;
-    publish_dir(&staged, &target)?;
+    publish_dir(&staged, target)?;
     Ok(())
 }
 

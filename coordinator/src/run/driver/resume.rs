@@ -1,12 +1,13 @@
 //! Where a run stands, read from its directory.
 
 use anyhow::{Context, Result};
+use tracing::warn;
 
-use crate::domain::{Epoch, Iteration, PairRow};
+use crate::domain::{Epoch, Iteration, PairRow, Step};
 use crate::run::machine::{Extent, PairSets, Position, Resume};
 use crate::run::plan::PairSize;
 use crate::store::pairs::read_pairs;
-use crate::store::{Journal, RunDir};
+use crate::store::{CommittedPhase, Journal, Manifest, RunDir, StepRecord};
 
 /// What the journal and the files beside it say to a run of so many workers; and
 /// the rows of the iteration in hand, where its pairs are built.
@@ -17,8 +18,25 @@ pub(super) fn resume(
     workers: u32,
 ) -> Result<(Resume, Vec<PairRow>)> {
     let commits = journal.commits().context("read the journal's commits")?;
-    let position = extent.position(commits.last(), workers);
-    let mut resume = Resume { position, ..Resume::default() };
+    let mut position = extent.position(commits.last(), workers);
+    let mut after = None;
+    if let Some(last) = commits.last() {
+        let k = last.iteration;
+        // What is trained behind its scores rests on them, however many computed them.
+        let training = match position {
+            Position::Training(_, epoch) => Some(epoch),
+            _ if last.phase == CommittedPhase::Scored => Some(Epoch(0)),
+            _ => None,
+        };
+        if let Some(epoch) = training {
+            after = whole_snapshot(run, journal, k, epoch)?;
+            position = after.map_or(position, |_| Position::Training(k, epoch));
+        } else if let Position::Sampling(k) | Position::Pairing(k) | Position::Scoring(k) = position
+        {
+            run.prune_step_snapshots(k, None)?;
+        }
+    }
+    let mut resume = Resume { position, after, ..Resume::default() };
     let mut rows = Vec::new();
     let with_pairs = match position {
         Position::Sampling(k) => {
@@ -46,8 +64,32 @@ pub(super) fn resume(
     Ok((resume, rows))
 }
 
-/// Drops the steps of `next`, the first epoch that is not trained yet, and
-/// counts the tokens of those that stand.
+/// The last step of the epoch behind which there is a whole snapshot. One that is
+/// damaged is told of and left where it is.
+fn whole_snapshot(
+    run: &RunDir,
+    journal: &Journal,
+    k: Iteration,
+    epoch: Epoch,
+) -> Result<Option<Step>> {
+    let snapshots = run.step_snapshots(k)?;
+    if snapshots.is_empty() {
+        return Ok(None);
+    }
+    let steps = journal.steps(k)?;
+    let is_of_epoch = |step: Step| steps.iter().any(|s| s.step == step && s.epoch == epoch);
+    for step in snapshots.into_iter().filter(|&step| is_of_epoch(step)) {
+        let folder = run.step_snapshot(k, step);
+        match Manifest::load(&folder).and_then(|manifest| manifest.verify(&folder)) {
+            Ok(_) => return Ok(Some(step)),
+            Err(error) => warn!(%error, "leave a damaged snapshot alone; go on from before it"),
+        }
+    }
+    Ok(None)
+}
+
+/// Drops the steps of `next`, the first epoch that is not trained to its end, behind
+/// its snapshot, and counts the tokens of those that stand.
 fn forget_steps(
     journal: &mut Journal,
     k: Iteration,
@@ -55,12 +97,14 @@ fn forget_steps(
     resume: &mut Resume,
 ) -> Result<()> {
     let steps = journal.steps(k)?;
-    if let Some(first) = steps.iter().find(|step| step.epoch >= next) {
+    let after = resume.after;
+    let stands = |step: &StepRecord| step.epoch < next || after.is_some_and(|s| step.step <= s);
+    if let Some(first) = steps.iter().find(|step| !stands(step)) {
         journal.discard_steps(k, first.step)?;
     }
     resume.tokens = steps
         .iter()
-        .rfind(|step| step.epoch < next)
+        .rfind(|step| stands(step))
         .and_then(|step| step.metrics.get("num_tokens")?.as_u64())
         .unwrap_or(0);
     Ok(())

@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
-use super::{Extent, PairSets};
-use crate::config::{Settings, TrainingSettings};
+use super::{Extent, PairSets, Resume, SnapshotRule};
+use crate::config::{PoisonShard, Settings, TrainingSettings};
 use crate::domain::{Epoch, Iteration, PairId, PromptId, ReferenceLogps, Sample, ShardId, Step};
-use crate::run::command::{Command, Rank, Report, StepOutcomes, WrittenFile};
+use crate::run::command::{
+    Command, Rank, Report, SaveSeconds, SnapshotId, StepOutcomes, WrittenFile,
+};
 use crate::run::health::Concern;
 use crate::run::metrics::StepMetrics;
 use crate::run::plan::{CostModel, Dealing, ShardRule};
@@ -37,6 +39,14 @@ pub struct RunShape {
     pub start_timeout: Duration,
     /// Silence after which a worker counts as lost.
     pub heartbeat_deadline: Duration,
+    /// Losses without progress in between that the run bears.
+    pub max_losses: u32,
+    /// Workers that may be lost over one shard before it is set aside.
+    pub shard_tries: u32,
+    /// Whether the run goes on without such a shard.
+    pub skip_poison: bool,
+    /// When training state is saved inside an epoch.
+    pub snapshots: SnapshotRule,
 }
 
 impl RunShape {
@@ -67,6 +77,13 @@ impl RunShape {
             },
             start_timeout: Duration::from_secs_f64(settings.launch.start_timeout),
             heartbeat_deadline: Duration::from_secs_f64(settings.launch.heartbeat_deadline),
+            max_losses: settings.launch.max_losses,
+            shard_tries: settings.launch.shard_tries,
+            skip_poison: settings.launch.poison_shard == PoisonShard::Skip,
+            snapshots: SnapshotRule {
+                steps: settings.run.snapshot_steps,
+                period: Duration::from_secs_f64(settings.run.snapshot_minutes * 60.0),
+            },
         }
     }
 
@@ -105,14 +122,18 @@ impl ReductionSeconds {
 /// Something that happened.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
-    /// A worker proved itself and took its place.
+    /// A worker proved itself and took its place, or did what [`Effect::Call`] asks.
     Attached(Rank),
-    /// A worker is gone: its stream closed or its process ended.
+    /// A worker is gone: its stream closed or its process was killed.
     Lost(Rank, String),
+    /// A worker's process ended by itself before it attached.
+    StartFailed(Rank, String),
     /// A heartbeat.
     Heard(Rank),
     /// A worker tells something.
     Told(Rank, Report),
+    /// What [`Effect::Rewind`] found.
+    Rewound(Box<Resume>),
     /// The iteration's pairs are built and in `pairs.parquet`.
     PairsBuilt(PairSets),
     /// The iteration's checkpoint is in its place.
@@ -164,10 +185,28 @@ pub enum Effect {
     /// Tell people that training may be going wrong; once for each concern in an
     /// iteration.
     Warn(Iteration, Concern),
-    /// Make the empty folder that workers write an epoch's state, or its model, into.
-    BeginSnapshot(Iteration, Epoch, SnapshotKind),
-    /// Give what workers wrote at an epoch's end its name among the snapshots.
-    KeepSnapshot(Iteration, Epoch, Vec<WrittenFile>),
+    /// Make the empty folder that workers write training state, or the model, into.
+    BeginSnapshot(SnapshotId, SnapshotKind),
+    /// Give what workers wrote its name among the snapshots.
+    KeepSnapshot(SnapshotId, Vec<WrittenFile>),
+    /// Tell people what a snapshot inside an epoch took.
+    SnapshotKept(SnapshotId, SaveSeconds),
+    /// Tell people that training state inside an epoch could not be saved.
+    SnapshotFailed(SnapshotId, String),
+    /// Tell people that a worker is lost; end its process if there is one, and
+    /// listen to it no more.
+    Lost(Rank, String),
+    /// Tell people that a command failed.
+    Failed(Rank, String),
+    /// Start a worker, once the one before it is gone.
+    Start(Rank),
+    /// Begin a new generation with these workers: they drop what they hold and say
+    /// that they did.
+    Call(Vec<Rank>),
+    /// Read where the run stands from its directory; `Rewound` follows.
+    Rewind,
+    /// Keep that a shard is left out, and tell people why.
+    SetAside(Iteration, ShardId, String),
     /// Build the iteration's pairs; `PairsBuilt` follows.
     BuildPairs(Iteration),
     /// Complete and publish the checkpoint; `CheckpointPublished` follows.

@@ -1,9 +1,12 @@
 //! The state machine: every decision of a run, and no clock, chance or I/O.
 
 mod events;
+mod members;
 mod phases;
 mod position;
+mod recovery;
 mod reports;
+mod snapshots;
 mod stage;
 #[cfg(test)]
 mod tests;
@@ -15,15 +18,20 @@ use serde_json::json;
 pub use self::events::{
     Effect, Event, Now, Outcome, PhaseName, ReductionSeconds, RunShape, SnapshotKind,
 };
+use self::members::Members;
 pub use self::position::{Extent, PairSets, Position, Resume};
+use self::snapshots::Saves;
+pub use self::snapshots::SnapshotRule;
 use self::stage::Stage;
-use super::command::{Command, ModelSource, PairRef, Rank, Report, StepOutcomes, WrittenFile};
+use super::command::{
+    Command, ModelSource, PairRef, Rank, Report, SaveSeconds, SnapshotId, StepOutcomes, WrittenFile,
+};
 use super::health::{self, ConcernName, Signs};
 use super::metrics::{EvaluationMetrics, Progress, ScoredPair, StepMetrics, StepPair};
 use super::objective::Objective;
 use super::plan::{self, PairSize, StepPlan};
 use crate::config::Reference;
-use crate::domain::{Epoch, Iteration, PairId, ReferenceLogps, Step};
+use crate::domain::{Epoch, Iteration, PairId, ReferenceLogps, ShardId, Step};
 use crate::store::CommittedPhase;
 
 /// What the run is doing.
@@ -37,14 +45,16 @@ use crate::store::CommittedPhase;
 ///                                        └──── next epoch ───────┘
 /// ```
 ///
-/// Every arrow within `Working` is a commit. Any state goes to `Over` by a stop,
-/// a lost worker or a failed effect.
+/// Every arrow within `Working` is a commit. Any state goes to `Over` by a stop or a
+/// failed effect, and back to `Attaching` by the loss of a worker that others wait
+/// for; see `recovery.rs` for when they need not. Before `Training`, `Grouping` comes
+/// again if somebody was replaced since.
 #[derive(Debug)]
 enum State {
-    /// Until each rank has its worker.
-    Attaching { since: Now },
-    /// The process group forms.
-    Grouping(Stage),
+    /// Until each rank has its worker, and it is known where to go on.
+    Attaching { is_resumed: bool },
+    /// The process group forms; then the run goes on, or loads what it needs.
+    Grouping { stage: Stage, then: Option<Position> },
     /// Weights, and training state where a run resumes, are loaded.
     Loading(Stage),
     /// An iteration is under way.
@@ -58,9 +68,23 @@ enum Phase {
     Sampling(Stage),
     Pairing,
     Scoring(Stage),
-    Training { epoch: Epoch, stage: Stage, steps: Vec<StepPlan>, gathering: Gathering },
-    Saving { epoch: Epoch, stage: Stage, files: Vec<WrittenFile> },
-    Evaluating { epoch: Epoch, stage: Stage, policy: BTreeMap<PairId, ReferenceLogps> },
+    Training {
+        epoch: Epoch,
+        stage: Stage,
+        steps: Vec<StepPlan>,
+        gathering: Gathering,
+        saves: Saves,
+    },
+    Saving {
+        epoch: Epoch,
+        stage: Stage,
+        files: Vec<WrittenFile>,
+    },
+    Evaluating {
+        epoch: Epoch,
+        stage: Stage,
+        policy: BTreeMap<PairId, ReferenceLogps>,
+    },
     Publishing,
 }
 
@@ -73,8 +97,19 @@ pub struct Machine {
     shape: RunShape,
     state: State,
     resume: Resume,
-    /// When each attached worker was last heard.
-    heard: Vec<Option<Now>>,
+    now: Now,
+    members: Members,
+    /// Whether all members are in one process group.
+    is_grouped: bool,
+    /// Groups formed so far.
+    groups: u64,
+    /// Whether this process once had its workers ready: what fails before that fails
+    /// for good.
+    is_proven: bool,
+    /// How often each shard of the iteration was lost with its worker.
+    tries: BTreeMap<ShardId, u32>,
+    /// The last step that was ever recorded.
+    furthest: Option<(Iteration, Step)>,
     pairs: PairSets,
     references: BTreeMap<PairId, ReferenceLogps>,
     /// Tokens trained in the iteration so far.
@@ -93,8 +128,14 @@ impl Machine {
     /// A machine that goes on where `resume` says.
     pub fn new(now: Now, shape: RunShape, resume: Resume) -> Self {
         Self {
-            state: State::Attaching { since: now },
-            heard: vec![None; shape.world_size],
+            state: State::Attaching { is_resumed: true },
+            now,
+            members: Members::new(now, shape.world_size),
+            is_grouped: false,
+            groups: 0,
+            is_proven: false,
+            tries: BTreeMap::new(),
+            furthest: None,
             pairs: resume.pairs.clone(),
             references: resume.references.clone(),
             tokens: resume.tokens,
@@ -104,9 +145,9 @@ impl Machine {
         }
     }
 
-    /// Where it goes on once its workers are ready.
-    pub fn position(&self) -> Position {
-        self.resume.position
+    /// How many iterations and epochs the run has.
+    pub fn extent(&self) -> Extent {
+        self.shape.extent
     }
 
     /// Takes one event; returns what is to be done, in order.
@@ -115,16 +156,23 @@ impl Machine {
         if matches!(self.state, State::Over) {
             return effects;
         }
+        self.now = now;
         match event {
             Event::Attached(rank) => self.attached(now, rank, &mut effects),
-            Event::Lost(rank, why) => {
-                self.end(Outcome::Failed(format!("worker {rank} is lost: {why}")), &mut effects);
+            Event::Lost(rank, why) => self.lost(now, rank, &why, &mut effects),
+            Event::StartFailed(rank, why) if self.members.knows(rank) => {
+                self.lost(now, rank, &why, &mut effects);
             }
-            Event::Heard(rank) => self.hear(now, rank),
+            Event::StartFailed(rank, why) => {
+                let why = format!("worker {rank} did not start: {why}");
+                self.end(Outcome::Failed(why), &mut effects);
+            }
+            Event::Heard(rank) => self.members.heard(now, rank),
             Event::Told(rank, report) => {
-                self.hear(now, rank);
-                self.told(rank, report, &mut effects);
+                self.members.heard(now, rank);
+                self.told(now, rank, report, &mut effects);
             }
+            Event::Rewound(resume) => self.rewound(*resume, &mut effects),
             Event::PairsBuilt(pairs) => self.pairs_built(pairs, &mut effects),
             Event::CheckpointPublished => self.published(&mut effects),
             Event::EffectFailed(why) => self.end(Outcome::Failed(why), &mut effects),
@@ -148,37 +196,21 @@ impl Machine {
     }
 
     fn attached(&mut self, now: Now, rank: Rank, effects: &mut Vec<Effect>) {
-        self.hear(now, rank);
-        if let Some(heard) = self.heard.get_mut(rank.index()) {
-            *heard = Some(now);
-        }
-        if !matches!(self.state, State::Attaching { .. }) || self.heard.iter().any(Option::is_none)
-        {
-            return;
-        }
-        if self.shape.world_size == 1 {
-            self.load(effects);
-            return;
-        }
-        let mut stage = Stage::first(self.shape.world_size, Command::OpenGroup { store: None });
-        stage.dispatch(effects);
-        self.state = State::Grouping(stage);
-    }
-
-    fn hear(&mut self, now: Now, rank: Rank) {
-        if let Some(Some(heard)) = self.heard.get_mut(rank.index()) {
-            *heard = now;
+        // One that comes while others wait for it gets its weights as they do.
+        let is_fresh = !matches!(self.state, State::Attaching { .. });
+        self.members.attached(now, rank, is_fresh);
+        if is_fresh {
+            self.advance(effects);
+        } else {
+            self.form(effects);
         }
     }
 
     fn tick(&mut self, now: Now, effects: &mut Vec<Effect>) {
-        if let State::Attaching { since } = self.state
-            && now.saturating_sub(since) > self.shape.start_timeout
-        {
-            let missing: Vec<_> = (0..self.heard.len())
-                .filter(|&rank| self.heard[rank].is_none())
-                .map(|rank| rank.to_string())
-                .collect();
+        effects.extend(self.members.due(now).into_iter().map(Effect::Start));
+        let missing = self.members.missing(now, self.shape.start_timeout);
+        if !missing.is_empty() {
+            let missing: Vec<_> = missing.iter().map(Rank::to_string).collect();
             let why = format!(
                 "worker {} did not attach within {:?}; see its log, or raise launch.start_timeout",
                 missing.join(", "),
@@ -187,28 +219,26 @@ impl Machine {
             self.end(Outcome::Failed(why), effects);
             return;
         }
-        let silent = self.heard.iter().position(|heard| {
-            heard.is_some_and(|heard| now.saturating_sub(heard) > self.shape.heartbeat_deadline)
-        });
-        if let Some(rank) = silent {
+        for rank in self.members.silent(now, self.shape.heartbeat_deadline) {
             let why = format!(
-                "worker {rank} was silent for longer than launch.heartbeat_deadline ({:?})",
+                "it was silent for longer than launch.heartbeat_deadline ({:?})",
                 self.shape.heartbeat_deadline
             );
-            self.end(Outcome::Failed(why), effects);
+            if !matches!(self.state, State::Over) {
+                self.lost(now, rank, &why, effects);
+            }
         }
     }
 
     fn load(&mut self, effects: &mut Vec<Effect>) {
-        let (model, state) = self.shape.extent.needs(self.resume.position);
+        let (model, state) = self.resume.needs(&self.shape.extent);
         let mut commands = vec![Command::LoadModel(model)];
-        if let Some((iteration, epoch)) = state {
+        if let Some(snapshot) = state {
             commands.push(Command::BeginTraining);
-            commands.push(Command::LoadState(iteration, epoch));
+            commands.push(Command::LoadState(snapshot));
         }
-        let mut stage = Stage::bound(vec![commands; self.shape.world_size]);
-        stage.dispatch(effects);
-        self.state = State::Loading(stage);
+        self.state = State::Loading(Stage::bound(vec![commands; self.shape.world_size]));
+        self.advance(effects);
     }
 
     fn go_on(&mut self, position: Position, effects: &mut Vec<Effect>) {
@@ -251,6 +281,7 @@ impl Machine {
         detail: serde_json::Value,
         effects: &mut Vec<Effect>,
     ) {
+        self.members.progressed();
         effects.push(Effect::Commit { iteration, phase, epoch, detail });
     }
 }

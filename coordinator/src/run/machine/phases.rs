@@ -7,8 +7,8 @@ use serde_json::json;
 use super::{
     Command, Effect, Epoch, EvaluationMetrics, Gathering, Iteration, Machine, ModelSource,
     Objective, Outcome, PairId, PairRef, PairSets, PairSize, Phase, PhaseName, Position, Progress,
-    ReductionSeconds, Reference, ScoredPair, Signs, SnapshotKind, Stage, State, Step, StepMetrics,
-    StepPair, StepPlan, Watch, WrittenFile, health, plan,
+    ReductionSeconds, Reference, Saves, ScoredPair, Signs, SnapshotId, SnapshotKind, Stage, State,
+    Step, StepMetrics, StepPair, StepPlan, Watch, WrittenFile, health, plan,
 };
 use crate::store::CommittedPhase;
 
@@ -16,6 +16,7 @@ impl Machine {
     pub(super) fn begin_sampling(&mut self, k: Iteration, effects: &mut Vec<Effect>) {
         let shards = plan::plan_shards(&self.shape.prompts, self.shape.sharding);
         let done = std::mem::take(&mut self.resume.shards_done);
+        self.tries.clear();
         let is_done = |shard: &plan::Shard| done.contains(&shard.id);
         let finished = shards.iter().filter(|s| is_done(s)).map(|s| s.prompts.len()).sum();
         let commands = shards
@@ -81,18 +82,25 @@ impl Machine {
         self.advance(effects);
     }
 
+    /// Trains an epoch, or what is left of it behind a snapshot.
     pub(super) fn begin_training(&mut self, k: Iteration, epoch: Epoch, effects: &mut Vec<Effect>) {
+        if self.shape.world_size > 1 && !self.is_grouped {
+            self.group(Some(Position::Training(k, epoch)), effects);
+            return;
+        }
         let steps = self.epoch_steps(k, epoch);
+        let after = self.resume.after.take();
+        let is_left = |plan: &&StepPlan| after.is_none_or(|after| plan.step > after);
         let total = steps.len() as u64 * u64::from(self.shape.extent.epochs(k));
         let mut commands: Vec<Vec<Command>> = vec![Vec::new(); self.shape.world_size];
-        if epoch == Epoch(0) {
+        if epoch == Epoch(0) && after.is_none() {
             self.tokens = 0;
             self.watch = Watch::default();
             for rank in &mut commands {
                 rank.push(Command::BeginTraining);
             }
         }
-        for plan in &steps {
+        for plan in steps.iter().filter(is_left) {
             for (rank, passes) in plan.ranks.iter().enumerate() {
                 commands[rank].push(Command::TrainStep {
                     step: plan.step,
@@ -105,10 +113,12 @@ impl Machine {
                 });
             }
         }
-        let before = steps.len() * epoch.0 as usize;
+        let left = steps.iter().filter(is_left).count();
+        let before = steps.len() * (epoch.0 as usize + 1) - left;
         effects.push(Effect::Began(k, PhaseName::Training, Some(epoch), total as usize, before));
-        let stage = Stage::bound(commands);
-        self.enter(k, Phase::Training { epoch, stage, steps, gathering: Gathering::new() });
+        let (stage, saves) = (Stage::bound(commands), Saves::begin(self.now));
+        let gathering = Gathering::new();
+        self.enter(k, Phase::Training { epoch, stage, steps, gathering, saves });
         self.advance(effects);
     }
 
@@ -174,18 +184,24 @@ impl Machine {
                 effects.push(Effect::Warn(iteration, concern));
             }
         }
+        if self.furthest < Some((iteration, step)) {
+            self.furthest = Some((iteration, step));
+            self.members.progressed();
+        }
+        self.save_if_due(effects);
     }
 
     pub(super) fn begin_saving(&mut self, k: Iteration, epoch: Epoch, effects: &mut Vec<Effect>) {
         let world_size = self.shape.world_size;
+        let id = SnapshotId::EndOf(k, epoch);
         let (kind, stage) = if epoch < self.shape.extent.last_epoch(k) {
-            let save = vec![Command::SaveState(k, epoch)];
+            let save = vec![Command::SaveState(id)];
             (SnapshotKind::State, Stage::bound(vec![save; world_size]))
         } else {
             let save = Command::SaveModel(k, epoch);
             (SnapshotKind::Model, Stage::first(world_size, save))
         };
-        effects.push(Effect::BeginSnapshot(k, epoch, kind));
+        effects.push(Effect::BeginSnapshot(id, kind));
         self.enter(k, Phase::Saving { epoch, stage, files: Vec::new() });
         self.advance(effects);
     }
@@ -205,7 +221,7 @@ impl Machine {
             self.end(Outcome::Failed(why), effects);
             return;
         }
-        effects.push(Effect::KeepSnapshot(k, epoch, files));
+        effects.push(Effect::KeepSnapshot(SnapshotId::EndOf(k, epoch), files));
         self.commit(k, CommittedPhase::Trained, Some(epoch), json!({}), effects);
         self.go_on(Position::Evaluating(k, epoch), effects);
     }

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::domain::{Epoch, Iteration, PairId, ReferenceLogps, ShardId};
-use crate::run::command::ModelSource;
+use crate::domain::{Epoch, Iteration, PairId, ReferenceLogps, ShardId, Step};
+use crate::run::command::{ModelSource, SnapshotId};
 use crate::run::plan::PairSize;
 use crate::store::{Commit, CommittedPhase};
 
@@ -17,7 +17,7 @@ pub struct PairSets {
 }
 
 /// What a run that starts or resumes knows already.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Resume {
     /// Where it goes on.
     pub position: Position,
@@ -27,8 +27,22 @@ pub struct Resume {
     pub pairs: PairSets,
     /// Their reference log-probabilities, as far as they are in the journal.
     pub references: BTreeMap<PairId, ReferenceLogps>,
-    /// Tokens that the iteration's finished epochs trained on.
+    /// Tokens that the iteration's finished steps trained on.
     pub tokens: u64,
+    /// The step of the epoch in hand behind which there is a snapshot.
+    pub after: Option<Step>,
+}
+
+impl Resume {
+    /// Weights that workers must hold to go on, and the training state that goes on
+    /// top of them, if any.
+    pub fn needs(&self, extent: &Extent) -> (ModelSource, Option<SnapshotId>) {
+        let (model, state) = extent.needs(self.position);
+        match (self.position, self.after) {
+            (Position::Training(k, _), Some(step)) => (model, Some(SnapshotId::After(k, step))),
+            _ => (model, state),
+        }
+    }
 }
 
 /// The next thing to do.
@@ -125,19 +139,20 @@ impl Extent {
         }
     }
 
-    /// Weights that workers must hold at a position, and the epoch whose
-    /// training state goes on top of them, if any.
-    pub fn needs(&self, position: Position) -> (ModelSource, Option<(Iteration, Epoch)>) {
+    /// Weights that workers must hold at a position, and the training state of an
+    /// epoch's end that goes on top of them, if any.
+    pub fn needs(&self, position: Position) -> (ModelSource, Option<SnapshotId>) {
         match position {
             Position::Start => (ModelSource::Base, None),
             Position::Sampling(k) | Position::Pairing(k) | Position::Scoring(k) => {
                 (self.start_of(k), None)
             }
-            Position::Training(k, epoch) => {
-                (self.start_of(k), epoch.0.checked_sub(1).map(|done| (k, Epoch(done))))
-            }
+            Position::Training(k, epoch) => (
+                self.start_of(k),
+                epoch.0.checked_sub(1).map(|done| SnapshotId::EndOf(k, Epoch(done))),
+            ),
             Position::Evaluating(k, epoch) if epoch < self.last_epoch(k) => {
-                (self.start_of(k), Some((k, epoch)))
+                (self.start_of(k), Some(SnapshotId::EndOf(k, epoch)))
             }
             Position::Evaluating(k, epoch) => (ModelSource::Snapshot(k, epoch), None),
             Position::Publishing(k) => (ModelSource::Snapshot(k, self.last_epoch(k)), None),
@@ -209,7 +224,7 @@ mod tests {
         assert_eq!(EXTENT.needs(Position::Sampling(k(1))), (checkpoint(0), None));
         assert_eq!(
             EXTENT.needs(Position::Training(k(0), Epoch(2))),
-            (ModelSource::Base, Some((k(0), Epoch(1))))
+            (ModelSource::Base, Some(SnapshotId::EndOf(k(0), Epoch(1))))
         );
         assert_eq!(
             EXTENT.needs(Position::Evaluating(k(0), Epoch(2))),

@@ -1,29 +1,16 @@
 //! What workers tell: taken if it belongs to the state, refused if not.
 
-use super::{Command, Effect, Epoch, Machine, Outcome, Phase, Position, Rank, Report, State};
+use super::{Command, Effect, Epoch, Machine, Now, Phase, Position, Rank, Report, Stage, State};
 use crate::store::CommittedPhase;
 use serde_json::json;
 
 impl Machine {
-    pub(super) fn told(&mut self, rank: Rank, report: Report, effects: &mut Vec<Effect>) {
-        let is_final = report.is_final();
-        let stage = match &mut self.state {
-            State::Grouping(stage) | State::Loading(stage) => Some(stage),
-            State::Working { phase, .. } => match phase {
-                Phase::Sampling(stage)
-                | Phase::Scoring(stage)
-                | Phase::Training { stage, .. }
-                | Phase::Saving { stage, .. }
-                | Phase::Evaluating { stage, .. } => Some(stage),
-                Phase::Pairing | Phase::Publishing => None,
-            },
-            State::Attaching { .. } | State::Over => None,
-        };
-        if let Report::Failed(message) = report {
-            self.end(Outcome::Failed(format!("worker {rank}: {message}")), effects);
+    pub(super) fn told(&mut self, now: Now, rank: Rank, report: Report, effects: &mut Vec<Effect>) {
+        if let Report::Failed(why) = &report {
+            self.failed(now, rank, why, effects);
             return;
         }
-        if is_final && !stage.is_some_and(|stage| stage.answered(rank)) {
+        if report.is_final() && !self.stage_mut().is_some_and(|stage| stage.answered(rank)) {
             self.unexpected(rank, name_of(&report), effects);
             return;
         }
@@ -43,23 +30,27 @@ impl Machine {
     ) -> Result<(), &'static str> {
         let name = name_of(&report);
         match (&mut self.state, report) {
-            (State::Grouping(stage), Report::StoreListening(address)) => {
-                let join = Command::OpenGroup { store: Some(address) };
+            (State::Grouping { stage, .. }, Report::StoreListening(address)) => {
+                let join = Command::OpenGroup { number: self.groups, store: Some(address) };
                 stage.add_for_others(&join, rank);
             }
-            (State::Grouping(_) | State::Loading(_), Report::Done)
-            | (State::Loading(_), Report::ModelReady { .. })
-            | (State::Working { phase: Phase::Scoring(_), .. }, Report::ModelReady { .. })
+            (State::Grouping { .. } | State::Loading(_), Report::Done)
+            // Somebody who took a lost worker's place has its weights.
+            | (State::Grouping { .. } | State::Loading(_) | State::Working { .. }, Report::ModelReady { .. })
             | (State::Working { phase: Phase::Sampling(_), .. }, Report::SampleProgress { .. })
             | (State::Working { phase: Phase::Training { .. }, .. }, Report::Done) => {}
             (
                 State::Working { iteration, phase: Phase::Sampling(_) },
                 Report::ShardDone { shard, samples },
-            ) => effects.push(Effect::RecordShard(*iteration, shard, samples)),
+            ) => {
+                self.members.progressed();
+                effects.push(Effect::RecordShard(*iteration, shard, samples));
+            }
             (
                 State::Working { iteration, phase: Phase::Scoring(_) },
                 Report::Scored { logps, .. },
             ) => {
+                self.members.progressed();
                 self.references.extend(logps.iter().copied());
                 effects.push(Effect::RecordReferences(*iteration, logps));
             }
@@ -79,6 +70,10 @@ impl Machine {
                 State::Working { phase: Phase::Saving { files, .. }, .. },
                 Report::StateSaved(written) | Report::ModelSaved(written),
             ) => files.extend(written),
+            (_, Report::SnapshotWritten { step, files, seconds }) => {
+                self.snapshot_written(rank, step, (files, seconds), effects);
+            }
+            (_, Report::SnapshotFailed { step, why }) => self.snapshot_failed(step, why, effects),
             _ => return Err(name),
         }
         Ok(())
@@ -86,16 +81,28 @@ impl Machine {
 
     /// Hands out what there is room for, and leaves a state whose work is done.
     pub(super) fn advance(&mut self, effects: &mut Vec<Effect>) {
+        let (scoring, policy) = self.weights_now();
+        let welcome = |stage: &Stage, rank: Rank| {
+            let scores = stage.waits(rank, |command| matches!(command, Command::Score { .. }));
+            Command::LoadModel(if scores { scoring } else { policy })
+        };
+        let members = &mut self.members;
         match &mut self.state {
-            State::Grouping(stage) => {
-                stage.dispatch(effects);
+            State::Grouping { stage, then } => {
+                let then = *then;
+                stage.dispatch(members, &welcome, effects);
                 if stage.is_done() {
-                    self.load(effects);
+                    self.is_grouped = true;
+                    match then {
+                        Some(position) => self.go_on(position, effects),
+                        None => self.load(effects),
+                    }
                 }
             }
             State::Loading(stage) => {
-                stage.dispatch(effects);
+                stage.dispatch(members, &welcome, effects);
                 if stage.is_done() {
+                    self.is_proven = true;
                     self.go_on(self.resume.position, effects);
                 }
             }
@@ -103,14 +110,14 @@ impl Machine {
                 let k = *iteration;
                 match phase {
                     Phase::Sampling(stage) => {
-                        stage.dispatch(effects);
+                        stage.dispatch(members, &welcome, effects);
                         if stage.is_done() {
                             self.commit(k, CommittedPhase::Sampled, None, json!({}), effects);
                             self.go_on(Position::Pairing(k), effects);
                         }
                     }
                     Phase::Scoring(stage) => {
-                        stage.dispatch(effects);
+                        stage.dispatch(members, &welcome, effects);
                         if stage.is_done() {
                             // Another number of workers deals pairs out otherwise, and
                             // would not compute the very same numbers.
@@ -121,21 +128,21 @@ impl Machine {
                     }
                     Phase::Training { epoch, stage, .. } => {
                         let epoch = *epoch;
-                        stage.dispatch(effects);
+                        stage.dispatch(members, &welcome, effects);
                         if stage.is_done() {
                             self.begin_saving(k, epoch, effects);
                         }
                     }
                     Phase::Saving { epoch, stage, files } => {
                         let epoch = *epoch;
-                        stage.dispatch(effects);
+                        stage.dispatch(members, &welcome, effects);
                         if stage.is_done() {
                             let files = std::mem::take(files);
                             self.saved(k, epoch, files, effects);
                         }
                     }
                     Phase::Evaluating { stage, .. } => {
-                        stage.dispatch(effects);
+                        stage.dispatch(members, &welcome, effects);
                         if stage.is_done() {
                             self.evaluated(effects);
                         }
@@ -158,6 +165,8 @@ fn name_of(report: &Report) -> &'static str {
         Report::Scored { .. } => "Scored",
         Report::Stepped(_) => "Stepped",
         Report::StateSaved(_) => "StateSaved",
+        Report::SnapshotWritten { .. } => "SnapshotWritten",
+        Report::SnapshotFailed { .. } => "SnapshotFailed",
         Report::ModelSaved(_) => "ModelSaved",
         Report::Failed(_) => "Failed",
     }

@@ -3,18 +3,39 @@
 use std::collections::VecDeque;
 
 use super::Effect;
+use super::members::Members;
+use crate::domain::{ShardId, Step};
 use crate::run::command::{Command, Rank};
 
 /// A set of commands that must all be answered before the run goes on.
 ///
 /// Commands are either bound to a rank or shared: a shared one goes to whichever
-/// worker is free. A worker holds at most `depth` unanswered commands.
+/// worker is free. A worker holds at most `depth` unanswered commands; what a worker
+/// held when it was lost comes back, to its successor or to whoever is free.
 #[derive(Debug, Clone)]
 pub(super) struct Stage {
     bound: Vec<VecDeque<Command>>,
     shared: VecDeque<Command>,
-    unanswered: Vec<usize>,
+    /// Oldest first.
+    asked: Vec<VecDeque<Asked>>,
     depth: usize,
+}
+
+/// A command that was handed out, and whose it is.
+#[derive(Debug, Clone)]
+struct Asked {
+    command: Command,
+    owner: Owner,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Owner {
+    /// One rank and its successors.
+    Rank,
+    /// Whoever is free.
+    Anybody,
+    /// One process: it brings a successor up to date, and is made anew for the next.
+    Process,
 }
 
 /// Enough that a worker finds its next command when it ends one, and little
@@ -25,7 +46,7 @@ impl Stage {
     /// Each rank's own list.
     pub(super) fn bound(commands: Vec<Vec<Command>>) -> Self {
         Self {
-            unanswered: vec![0; commands.len()],
+            asked: vec![VecDeque::new(); commands.len()],
             bound: commands.into_iter().map(VecDeque::from).collect(),
             shared: VecDeque::new(),
             depth: BOUND_DEPTH,
@@ -44,24 +65,44 @@ impl Stage {
         Self {
             bound: vec![VecDeque::new(); world_size],
             shared: commands.into(),
-            unanswered: vec![0; world_size],
+            asked: vec![VecDeque::new(); world_size],
             depth: 1,
         }
     }
 
-    /// Hands out what the workers have room for.
-    pub(super) fn dispatch(&mut self, effects: &mut Vec<Effect>) {
-        for rank in 0..self.bound.len() {
-            while self.unanswered[rank] < self.depth {
-                let Some(command) =
-                    self.bound[rank].pop_front().or_else(|| self.shared.pop_front())
+    /// Hands out what the workers that are here have room for. One that is fresh, and
+    /// has something to do, begins with the command of `welcome`.
+    pub(super) fn dispatch(
+        &mut self,
+        members: &mut Members,
+        welcome: &dyn Fn(&Self, Rank) -> Command,
+        effects: &mut Vec<Effect>,
+    ) {
+        for rank in members.ranks() {
+            if !members.is_here(rank) {
+                continue;
+            }
+            let has_work = !self.bound[rank.index()].is_empty() || !self.shared.is_empty();
+            if has_work && members.take_fresh(rank) {
+                let command = welcome(self, rank);
+                self.hand_out(rank, command, Owner::Process, effects);
+            }
+            while self.asked[rank.index()].len() < self.depth {
+                let own = self.bound[rank.index()].pop_front();
+                let Some((command, owner)) = own
+                    .map(|command| (command, Owner::Rank))
+                    .or_else(|| self.shared.pop_front().map(|command| (command, Owner::Anybody)))
                 else {
                     break;
                 };
-                self.unanswered[rank] += 1;
-                effects.push(Effect::Send(Rank(rank as u32), command));
+                self.hand_out(rank, command, owner, effects);
             }
         }
+    }
+
+    fn hand_out(&mut self, rank: Rank, command: Command, owner: Owner, effects: &mut Vec<Effect>) {
+        self.asked[rank.index()].push_back(Asked { command: command.clone(), owner });
+        effects.push(Effect::Send(rank, command));
     }
 
     /// Adds a command for every rank but one.
@@ -75,19 +116,71 @@ impl Stage {
 
     /// Takes a rank's final answer; false if nothing was asked of it.
     pub(super) fn answered(&mut self, rank: Rank) -> bool {
-        match self.unanswered.get_mut(rank.index()) {
-            Some(open) if *open > 0 => {
-                *open -= 1;
-                true
+        self.asked.get_mut(rank.index()).is_some_and(|asked| asked.pop_front().is_some())
+    }
+
+    /// A rank's worker is lost: what it was asked is to be done again, before
+    /// anything else. Returns the shards that it held.
+    pub(super) fn lost(&mut self, rank: Rank) -> Vec<ShardId> {
+        let mut held = Vec::new();
+        for Asked { command, owner } in
+            std::mem::take(&mut self.asked[rank.index()]).into_iter().rev()
+        {
+            if let Command::Sample { shard, .. } = command {
+                held.push(shard);
             }
-            _ => false,
+            match owner {
+                Owner::Rank => self.bound[rank.index()].push_front(command),
+                Owner::Anybody => self.shared.push_front(command),
+                Owner::Process => {}
+            }
         }
+        held
+    }
+
+    /// Takes a shard back for good; false if it is not waiting to be handed out.
+    pub(super) fn withdraw(&mut self, withdrawn: ShardId) -> bool {
+        let before = self.shared.len();
+        self.shared.retain(
+            |command| !matches!(command, Command::Sample { shard, .. } if *shard == withdrawn),
+        );
+        self.shared.len() < before
+    }
+
+    /// Adds a command for every rank, behind the last step that any of them was
+    /// handed; returns that step. Nothing where no step is left behind it.
+    pub(super) fn insert_behind_steps(
+        &mut self,
+        command: &dyn Fn(Step) -> Command,
+    ) -> Option<Step> {
+        let step_of = |command: &Command| match command {
+            Command::TrainStep { step, .. } => Some(*step),
+            _ => None,
+        };
+        let last = self.asked.iter().flatten().filter_map(|a| step_of(&a.command)).max()?;
+        let is_behind = |command: &Command| step_of(command).is_some_and(|step| step > last);
+        let places: Option<Vec<_>> =
+            self.bound.iter().map(|queue| queue.iter().position(is_behind)).collect();
+        for (queue, place) in self.bound.iter_mut().zip(places?) {
+            queue.insert(place, command(last));
+        }
+        Some(last)
+    }
+
+    /// Whether a rank has something left to do, or to answer.
+    pub(super) fn needs(&self, rank: Rank) -> bool {
+        !self.bound[rank.index()].is_empty() || !self.asked[rank.index()].is_empty()
+    }
+
+    /// Whether a command of this kind waits for a rank.
+    pub(super) fn waits(&self, rank: Rank, is_it: impl Fn(&Command) -> bool) -> bool {
+        self.bound[rank.index()].iter().any(is_it)
     }
 
     /// Whether everything was handed out and answered.
     pub(super) fn is_done(&self) -> bool {
         self.shared.is_empty()
             && self.bound.iter().all(VecDeque::is_empty)
-            && self.unanswered.iter().all(|&open| open == 0)
+            && self.asked.iter().all(VecDeque::is_empty)
     }
 }

@@ -71,7 +71,7 @@ fn every_rank_saves_its_part_and_the_snapshot_is_kept_when_all_have() {
     let k = Iteration(0);
     let asked: Vec<_> = work(&effects)
         .into_iter()
-        .filter(|(_, c)| *c == Command::SaveState(k, Epoch(0)))
+        .filter(|(_, c)| *c == Command::SaveState(SnapshotId::EndOf(k, Epoch(0))))
         .map(|(rank, _)| rank.0)
         .collect();
     assert_eq!(asked, [0, 1, 2]);
@@ -81,12 +81,14 @@ fn every_rank_saves_its_part_and_the_snapshot_is_kept_when_all_have() {
         assert!(places.next().is_none(), "once");
         place
     };
-    let begun = place(&|e| *e == Effect::BeginSnapshot(k, Epoch(0), SnapshotKind::State));
+    let begun = place(&|e| {
+        *e == Effect::BeginSnapshot(SnapshotId::EndOf(k, Epoch(0)), SnapshotKind::State)
+    });
     let first_asked =
         effects.iter().position(|e| matches!(e, Effect::Send(_, Command::SaveState(..))));
     assert!(Some(begun) < first_asked, "the folder is there before anyone writes into it");
     let kept = place(&|e| matches!(e, Effect::KeepSnapshot(..)));
-    let Effect::KeepSnapshot(_, _, files) = &effects[kept] else { unreachable!() };
+    let Effect::KeepSnapshot(_, files) = &effects[kept] else { unreachable!() };
     let names: Vec<_> = files.iter().map(|file| file.name.as_str()).collect();
     assert_eq!(names, ["state-7.safetensors", "state-9.safetensors"], "whoever was first");
     assert!(matches!(
@@ -130,7 +132,9 @@ fn a_resumed_epoch_loads_its_state_on_every_rank() {
     let effects = simulate(&mut machine, attach(3), &|e| matches!(e, Effect::RecordStep { .. }));
     let loaded: Vec<_> = work(&effects)
         .into_iter()
-        .filter(|(_, command)| *command == Command::LoadState(Iteration(0), Epoch(0)))
+        .filter(|(_, command)| {
+            *command == Command::LoadState(SnapshotId::EndOf(Iteration(0), Epoch(0)))
+        })
         .map(|(rank, _)| rank.0)
         .collect();
     assert_eq!(loaded, [0, 1, 2]);

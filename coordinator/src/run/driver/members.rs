@@ -1,0 +1,172 @@
+//! Workers as processes and streams: who is let in, who is listened to, who is
+//! started again.
+
+use anyhow::{Result, bail};
+use serde_json::json;
+use tracing::{info, warn};
+
+use super::{Driver, Event, Rank, WorkerEvent, WorkerExit, resume, unix_seconds};
+use crate::server::{AttachPlan, Link, LinkId, Origin, Outgoing};
+
+/// A worker that is attached.
+#[derive(Debug)]
+pub(super) struct Peer {
+    pub(super) link: Link,
+    id: LinkId,
+    /// What its messages must name: others are of before it was called anew.
+    generation: u64,
+}
+
+impl Driver {
+    pub(super) fn worker_event(&mut self, event: WorkerEvent) {
+        match event {
+            WorkerEvent::Attach { rank, about, id, link, answer } => {
+                let answered = self.admit(rank, id, &link);
+                if let Err(why) = &answered {
+                    warn!(%rank, why, "refuse a worker");
+                }
+                let is_in = answered.is_ok();
+                let is_listening = answer.send(answered).is_ok();
+                if is_in && is_listening {
+                    info!(%rank, about, generation = self.generation, "worker attached");
+                    self.feed(Event::Attached(rank));
+                } else if is_in {
+                    self.peers.remove(&rank);
+                }
+            }
+            WorkerEvent::Report(from, report) if self.is_current(from) => {
+                self.view.report(&report);
+                self.feed(Event::Told(from.rank, report));
+            }
+            WorkerEvent::Ready(from) if self.is_current(from) => {
+                self.feed(Event::Attached(from.rank));
+            }
+            WorkerEvent::Report(from, _) | WorkerEvent::Ready(from) => {
+                info!(rank = %from.rank, generation = from.generation, "drop a stale message");
+            }
+            WorkerEvent::Heartbeat(rank, id) if self.is_link(rank, id) => {
+                self.feed(Event::Heard(rank));
+            }
+            WorkerEvent::Lost(rank, id, why) if self.is_link(rank, id) => {
+                self.feed(Event::Lost(rank, format!("{why}; {}", self.log_hint(rank))));
+            }
+            // Of one that was replaced.
+            WorkerEvent::Heartbeat(..) | WorkerEvent::Lost(..) => {}
+        }
+    }
+
+    fn is_link(&self, rank: Rank, id: LinkId) -> bool {
+        self.peers.get(&rank).is_some_and(|peer| peer.id == id)
+    }
+
+    fn is_current(&self, from: Origin) -> bool {
+        let Origin { rank, link, generation } = from;
+        self.peers.get(&rank).is_some_and(|p| p.id == link && p.generation == generation)
+    }
+
+    /// Lets a worker in, in a generation of its own.
+    fn admit(&mut self, rank: Rank, id: LinkId, link: &Link) -> Result<(), String> {
+        let world_size = self.session.workers;
+        if rank.0 >= world_size {
+            return Err(format!("slot {rank} is outside this run's {world_size} workers"));
+        }
+        if self.peers.contains_key(&rank) {
+            return Err(format!("slot {rank} has its worker already"));
+        }
+        let generation = self.next_generation().map_err(|error| format!("{error:#}"))?;
+        link.welcome(rank, self.plan(generation));
+        self.peers.insert(rank, Peer { link: link.clone(), id, generation });
+        Ok(())
+    }
+
+    fn next_generation(&mut self) -> Result<u64> {
+        self.generation = self.session.journal.next_generation()?;
+        Ok(self.generation)
+    }
+
+    fn plan(&self, generation: u64) -> AttachPlan {
+        AttachPlan {
+            generation,
+            world_size: self.session.workers,
+            heartbeat: self.session.settings.launch.heartbeat,
+        }
+    }
+
+    pub(super) fn worker_exit(&mut self, exit: WorkerExit) {
+        let WorkerExit { rank, process, by_itself, status, last_lines } = exit;
+        if !self.launcher.is_current(rank, process) {
+            return;
+        }
+        let mut why = format!("its process ended ({status})");
+        if !last_lines.is_empty() {
+            why.push_str("; its last lines:");
+            for line in &last_lines {
+                why.push_str("\n    ");
+                why.push_str(line);
+            }
+        }
+        let event = match by_itself && !self.peers.contains_key(&rank) {
+            true => Event::StartFailed(rank, why),
+            false => Event::Lost(rank, why),
+        };
+        self.feed(event);
+    }
+
+    /// Tells people, and keeps, that a worker is lost; listens to it no more.
+    pub(super) fn drop_worker(&mut self, rank: Rank, why: &str) -> Result<()> {
+        warn!(%rank, why, "worker lost; it is replaced");
+        self.peers.remove(&rank);
+        self.launcher.kill(rank);
+        self.losses += 1;
+        let kind = format!("loss {} of start {}", self.losses, self.generation);
+        let loss = json!({ "rank": rank, "why": why, "at": unix_seconds() });
+        self.session.journal.record_counts(&kind, &loss)?;
+        Ok(())
+    }
+
+    /// Calls workers into a new generation.
+    pub(super) fn call(&mut self, ranks: &[Rank]) -> Result<()> {
+        let generation = self.next_generation()?;
+        info!(generation, workers = ranks.len(), "form the group anew");
+        let plan = self.plan(generation);
+        for rank in ranks {
+            if let Some(peer) = self.peers.get_mut(rank) {
+                peer.generation = generation;
+                peer.link.welcome(*rank, plan);
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the run stands, by what is on disk.
+    pub(super) fn rewind(&mut self) -> Result<Event> {
+        self.view.close();
+        self.metrics = None;
+        let Self { session, machine, .. } = self;
+        let extent = machine.extent();
+        let (resume, rows) =
+            resume::resume(&session.run, &mut session.journal, extent, session.workers)?;
+        info!(position = ?resume.position, after = ?resume.after, "go back to what is on disk");
+        self.pairs = super::by_id(rows);
+        super::carry::renew_metrics(&self.session.journal, &self.session.run)?;
+        Ok(Event::Rewound(Box::new(resume)))
+    }
+
+    pub(super) fn dismiss(&self) {
+        for peer in self.peers.values() {
+            peer.link.send(Outgoing::Abort);
+            peer.link.send(Outgoing::Shutdown);
+        }
+    }
+
+    fn log_hint(&self, rank: Rank) -> String {
+        format!("its log is {}", self.session.run.worker_log(rank.0).display())
+    }
+
+    pub(super) fn link(&self, rank: Rank) -> Result<&Link> {
+        match self.peers.get(&rank) {
+            Some(peer) => Ok(&peer.link),
+            None => bail!("worker {rank} is gone"),
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! What is done to whom, and where in the run's story.
+
+use std::time::Duration;
+
+/// What happens to a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// SIGKILL.
+    Kill,
+    /// SIGSTOP, for good: only its silence tells.
+    Stop,
+    /// SIGSTOP, and SIGCONT after a while that is shorter than the deadline.
+    Pause,
+    /// SIGTERM; for a coordinator.
+    Term,
+}
+
+/// Whom it happens to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Victim {
+    Worker(u32),
+    Coordinator,
+}
+
+/// One fault.
+#[derive(Debug, Clone)]
+pub(crate) struct Fault {
+    /// The line that it follows.
+    pub(crate) place: String,
+    /// How long after it.
+    pub(crate) delay: Duration,
+    pub(crate) victim: Victim,
+    pub(crate) kind: Kind,
+}
+
+/// Faults in the order of their places.
+#[derive(Debug, Clone)]
+pub(crate) struct Schedule(pub(crate) Vec<Fault>);
+
+/// A paused process is silent for this long.
+pub(crate) const PAUSE: Duration = Duration::from_millis(700);
+
+impl Schedule {
+    /// Two to four faults, at places of an undisturbed run's story.
+    pub(crate) fn draw(seed: u64, places: &[String], workers: u32) -> Self {
+        let mut dice = Dice(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
+        let mut at: Vec<usize> = (0..2 + dice.below(3)).map(|_| dice.below(places.len())).collect();
+        at.sort_unstable();
+        at.dedup();
+        let fault = |at: usize| {
+            let victim = match dice.below(3) {
+                0 => Victim::Coordinator,
+                _ => Victim::Worker(dice.below(workers as usize) as u32),
+            };
+            let kind = match (victim, dice.below(6)) {
+                (Victim::Coordinator, 0..2) => Kind::Term,
+                (Victim::Coordinator, _) => Kind::Kill,
+                (Victim::Worker(_), 0..4) => Kind::Kill,
+                (Victim::Worker(_), 4) => Kind::Stop,
+                (Victim::Worker(_), _) => Kind::Pause,
+            };
+            let delay = Duration::from_millis(dice.below(120) as u64);
+            Fault { place: places[at].clone(), delay, victim, kind }
+        };
+        Self(at.into_iter().map(fault).collect())
+    }
+}
+
+impl std::fmt::Display for Schedule {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (n, Fault { place, delay, victim, kind }) in self.0.iter().enumerate() {
+            let separator = if n == 0 { "" } else { "; " };
+            write!(
+                f,
+                "{separator}{kind:?} {victim:?} {} ms after \u{201c}{place}\u{201d}",
+                delay.as_millis()
+            )?;
+        }
+        Ok(())
+    }
+}
+
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) as usize % n.max(1)
+    }
+}

@@ -1,0 +1,135 @@
+//! Kills, stops and interrupts real runs at places that a seed draws, and compares
+//! what they leave with what an undisturbed run leaves, byte for byte.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod faults;
+mod log;
+mod model;
+mod run;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use clap::Parser;
+
+use self::faults::Schedule;
+use self::run::{Bed, Verdict};
+
+/// Disturbs runs of a small model, and checks that they leave the same bytes.
+///
+/// Each seed draws a schedule: which process is killed, stopped for good, or stopped
+/// for a while, and at which line of the run's story. A seed that fails gives the
+/// same schedule again.
+#[derive(Debug, Parser)]
+#[command(name = "chaos", version)]
+struct Arguments {
+    /// How many seeds.
+    #[arg(long, default_value_t = 12)]
+    seeds: u64,
+    /// The first of them.
+    #[arg(long, default_value_t = 0)]
+    first_seed: u64,
+    /// Workers of each run.
+    #[arg(long, default_value_t = 2)]
+    workers: u32,
+    /// Keep the directories of the runs that failed here.
+    #[arg(long, value_name = "DIR")]
+    keep: Option<PathBuf>,
+    /// Print every run's log.
+    #[arg(long)]
+    verbose: bool,
+}
+
+fn main() -> ExitCode {
+    match carry_out(&Arguments::parse()) {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs all seeds; returns how many failed.
+fn carry_out(arguments: &Arguments) -> Result<u64> {
+    let folder = tempfile::tempdir().context("make a folder for the runs")?;
+    let bed = Bed::make(folder.path(), arguments.workers)?;
+    println!(
+        "undisturbed: {:.1} s, {} places for a fault, {} samples",
+        bed.seconds,
+        bed.places.len(),
+        bed.samples
+    );
+    let (mut passed, mut failed) = (0, 0);
+    let mut latencies = Latencies::default();
+    for seed in arguments.first_seed..arguments.first_seed + arguments.seeds {
+        let schedule = Schedule::draw(seed, &bed.places, arguments.workers);
+        println!("seed {seed}: {schedule}");
+        let began = Instant::now();
+        let dir = folder.path().join(format!("seed-{seed}"));
+        let Verdict { failure, fired, lost, restarts, noticed, trained_again, log } =
+            bed.run(&dir, schedule)?;
+        latencies.noticed.extend(noticed);
+        latencies.trained_again.extend(trained_again);
+        let seconds = began.elapsed().as_secs_f64();
+        let story = format!(
+            "{fired} faults, {lost} workers replaced, {restarts} coordinators restarted, {seconds:.1} s"
+        );
+        if arguments.verbose || failure.is_some() {
+            println!("{log}");
+        }
+        match failure {
+            None => {
+                passed += 1;
+                println!("seed {seed}: same bytes ({story})");
+                let _ = std::fs::remove_dir_all(&dir);
+            }
+            Some(why) => {
+                failed += 1;
+                println!("seed {seed}: FAILED: {why} ({story})");
+                if let Some(keep) = &arguments.keep {
+                    let kept = keep.join(format!("seed-{seed}"));
+                    std::fs::create_dir_all(keep)?;
+                    std::fs::rename(&dir, &kept).context("keep a run")?;
+                    println!("seed {seed}: its directory is {}", kept.display());
+                }
+            }
+        }
+    }
+    println!("{latencies}");
+    println!("{passed} passed, {failed} failed");
+    Ok(failed)
+}
+
+/// How long it took to see that a worker was killed, and to train again.
+#[derive(Debug, Default)]
+struct Latencies {
+    noticed: Vec<Duration>,
+    trained_again: Vec<Duration>,
+}
+
+impl std::fmt::Display for Latencies {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let words = |values: &[Duration]| {
+            let mut values = values.to_vec();
+            values.sort_unstable();
+            match values.as_slice() {
+                [] => "never".to_owned(),
+                [.., last] => {
+                    let median = values[values.len() / 2].as_secs_f64();
+                    let last = last.as_secs_f64();
+                    format!("median {median:.3} s, at most {last:.3} s, {} times", values.len())
+                }
+            }
+        };
+        write!(
+            f,
+            "killed worker noticed after {}; step after a loss in training: {}",
+            words(&self.noticed),
+            words(&self.trained_again)
+        )
+    }
+}
