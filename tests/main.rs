@@ -9,6 +9,7 @@ mod support;
 mod corpus;
 mod demo;
 mod determinism;
+mod disk;
 mod model_parity;
 mod recovery;
 mod run;

@@ -39,3 +39,9 @@ pub(crate) fn lost(line: &str) -> Option<u32> {
 pub(crate) fn is_step(line: &str) -> bool {
     place(line).is_some_and(|place| place.contains(" step "))
 }
+
+/// The phase that begins with a line.
+pub(crate) fn phase(line: &str) -> Option<String> {
+    let rest = line.split(" begin iteration=").nth(1)?.split("phase=").nth(1)?;
+    Some(rest.split_whitespace().next()?.to_owned())
+}

@@ -3,18 +3,20 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod faults;
+mod latencies;
 mod log;
 mod model;
 mod run;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::Parser;
 
 use self::faults::Schedule;
+use self::latencies::Latencies;
 use self::run::{Bed, Verdict};
 
 /// Disturbs runs of a small model, and checks that they leave the same bytes.
@@ -70,10 +72,9 @@ fn carry_out(arguments: &Arguments) -> Result<u64> {
         println!("seed {seed}: {schedule}");
         let began = Instant::now();
         let dir = folder.path().join(format!("seed-{seed}"));
-        let Verdict { failure, fired, lost, restarts, noticed, trained_again, log } =
+        let Verdict { failure, fired, lost, restarts, latencies: more, log } =
             bed.run(&dir, schedule)?;
-        latencies.noticed.extend(noticed);
-        latencies.trained_again.extend(trained_again);
+        latencies.extend(more);
         let seconds = began.elapsed().as_secs_f64();
         let story = format!(
             "{fired} faults, {lost} workers replaced, {restarts} coordinators restarted, {seconds:.1} s"
@@ -99,37 +100,7 @@ fn carry_out(arguments: &Arguments) -> Result<u64> {
             }
         }
     }
-    println!("{latencies}");
+    print!("{latencies}");
     println!("{passed} passed, {failed} failed");
     Ok(failed)
-}
-
-/// How long it took to see that a worker was killed, and to train again.
-#[derive(Debug, Default)]
-struct Latencies {
-    noticed: Vec<Duration>,
-    trained_again: Vec<Duration>,
-}
-
-impl std::fmt::Display for Latencies {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let words = |values: &[Duration]| {
-            let mut values = values.to_vec();
-            values.sort_unstable();
-            match values.as_slice() {
-                [] => "never".to_owned(),
-                [.., last] => {
-                    let median = values[values.len() / 2].as_secs_f64();
-                    let last = last.as_secs_f64();
-                    format!("median {median:.3} s, at most {last:.3} s, {} times", values.len())
-                }
-            }
-        };
-        write!(
-            f,
-            "killed worker noticed after {}; step after a loss in training: {}",
-            words(&self.noticed),
-            words(&self.trained_again)
-        )
-    }
 }

@@ -14,6 +14,7 @@ use drift_coordinator::store::Journal;
 use sha2::{Digest, Sha256};
 
 use crate::faults::{Fault, Kind, PAUSE, Schedule, Victim};
+use crate::latencies::Latencies;
 use crate::log;
 use crate::model;
 
@@ -58,10 +59,7 @@ pub(crate) struct Verdict {
     pub(crate) fired: usize,
     pub(crate) lost: usize,
     pub(crate) restarts: usize,
-    /// From each SIGKILL of a worker to the line that tells of it.
-    pub(crate) noticed: Vec<Duration>,
-    /// From each loss between two steps to the next step.
-    pub(crate) trained_again: Vec<Duration>,
+    pub(crate) latencies: Latencies,
     pub(crate) log: String,
 }
 
@@ -100,6 +98,10 @@ impl Bed {
         loop {
             follower.deadline = deadline;
             let status = follower.follow(command)?;
+            if let Some(why) = follower.left_behind() {
+                failure = Some(why);
+                break;
+            }
             if status.success() {
                 break;
             }
@@ -122,8 +124,7 @@ impl Bed {
             fired: follower.fired,
             lost: follower.lost,
             restarts,
-            noticed: follower.noticed,
-            trained_again: follower.trained_again,
+            latencies: follower.latencies,
             log: follower.log,
         })
     }
@@ -170,18 +171,26 @@ impl Bed {
 struct Follower {
     waiting: Vec<Fault>,
     workers: BTreeMap<u32, u32>,
-    killed: BTreeMap<u32, Instant>,
+    /// Every worker of the coordinator of now.
+    pids: Vec<u32>,
+    /// Workers that a signal struck, and which.
+    struck: BTreeMap<u32, (Kind, Instant)>,
     lost_in_training: Option<Instant>,
-    is_training: bool,
+    phase: String,
     deadline: Instant,
     fired: usize,
     lost: usize,
-    noticed: Vec<Duration>,
-    trained_again: Vec<Duration>,
-    /// Whether a fault ended the coordinator of now.
+    latencies: Latencies,
+    /// Whether a fault ended the coordinator of now, and since when.
     coordinator_fell: bool,
+    told_to_stop: Option<Instant>,
     log: String,
 }
+
+/// A stop by SIGTERM is to be over by then, and workers are to be gone so long after
+/// their coordinator.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
+const ORPHAN_LIMIT: Duration = Duration::from_secs(10);
 
 impl Follower {
     fn new(schedule: Schedule) -> Self {
@@ -190,15 +199,16 @@ impl Follower {
         Self {
             waiting,
             workers: BTreeMap::new(),
-            killed: BTreeMap::new(),
+            pids: Vec::new(),
+            struck: BTreeMap::new(),
             lost_in_training: None,
-            is_training: false,
+            phase: "start".to_owned(),
             deadline: Instant::now() + PATIENCE,
             fired: 0,
             lost: 0,
-            noticed: Vec::new(),
-            trained_again: Vec::new(),
+            latencies: Latencies::default(),
             coordinator_fell: false,
+            told_to_stop: None,
             log: String::new(),
         }
     }
@@ -217,8 +227,10 @@ impl Follower {
             }
         });
         self.workers.clear();
-        self.killed.clear();
-        (self.coordinator_fell, self.lost_in_training) = (false, None);
+        self.pids.clear();
+        self.struck.clear();
+        self.phase = "start".to_owned();
+        (self.coordinator_fell, self.lost_in_training, self.told_to_stop) = (false, None, None);
         self.listen(&told, coordinator)?;
         if Instant::now() > self.deadline {
             signal(coordinator, "KILL");
@@ -227,7 +239,34 @@ impl Follower {
             }
             self.log.push_str("(it took too long)\n");
         }
-        Ok(child.wait()?)
+        let status = child.wait()?;
+        if let Some(since) = self.told_to_stop {
+            self.latencies.stopped.push(since.elapsed());
+        }
+        Ok(status)
+    }
+
+    /// What a coordinator that ended must not leave: workers that live on, or a stop
+    /// that took long.
+    fn left_behind(&self) -> Option<String> {
+        if let Some(since) = self.told_to_stop
+            && since.elapsed() > STOP_LIMIT
+        {
+            return Some(format!("a stop by SIGTERM took {:?}", since.elapsed()));
+        }
+        let ended = Instant::now();
+        let is_alive = |pid: &u32| {
+            // A zombie of a reaped parent's is gone.
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            !stat.is_empty() && !stat.contains(") Z ")
+        };
+        while self.pids.iter().any(is_alive) {
+            if ended.elapsed() > ORPHAN_LIMIT {
+                return Some("workers outlive their coordinator".to_owned());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        None
     }
 
     fn listen(&mut self, told: &Receiver<String>, coordinator: u32) -> Result<()> {
@@ -254,23 +293,27 @@ impl Follower {
     fn hear(&mut self, line: &str) {
         if let Some((rank, pid)) = log::attached(line) {
             self.workers.insert(rank, pid);
+            self.pids.push(pid);
         }
         if let Some(rank) = log::lost(line) {
             self.lost += 1;
-            if let Some(killed) = self.killed.remove(&rank) {
-                self.noticed.push(killed.elapsed());
-                if self.is_training {
-                    self.lost_in_training = Some(killed);
+            if let Some((kind, since)) = self.struck.remove(&rank) {
+                match kind {
+                    Kind::Stop => self.latencies.silence.push(since.elapsed()),
+                    _ => self.latencies.noticed.push(since.elapsed()),
+                }
+                if self.phase == "Training" {
+                    self.lost_in_training = Some(Instant::now());
                 }
             }
         }
-        if line.contains(" begin ") {
-            self.is_training = line.contains("phase=Training");
+        if let Some(phase) = log::phase(line) {
+            self.phase = phase;
         }
         if log::is_step(line)
             && let Some(since) = self.lost_in_training.take()
         {
-            self.trained_again.push(since.elapsed());
+            self.latencies.trained_again.push(since.elapsed());
         }
     }
 
@@ -283,6 +326,7 @@ impl Follower {
         // A worker that has not attached has no process that is known here.
         let Some(pid) = pid else { return Ok(()) };
         self.fired += 1;
+        *self.latencies.by_phase.entry(self.phase.clone()).or_default() += 1;
         self.log.push_str(&format!("(chaos: {:?} {:?})\n", fault.kind, fault.victim));
         match fault.kind {
             Kind::Kill => signal(pid, "KILL"),
@@ -294,12 +338,15 @@ impl Follower {
                 signal(pid, "CONT");
             }
         }
-        match fault.victim {
-            Victim::Coordinator => self.coordinator_fell = true,
-            Victim::Worker(rank) if fault.kind == Kind::Kill => {
-                self.killed.insert(rank, Instant::now());
+        match (fault.victim, fault.kind) {
+            (Victim::Coordinator, kind) => {
+                self.coordinator_fell = true;
+                self.told_to_stop = (kind == Kind::Term).then(Instant::now);
             }
-            Victim::Worker(_) => {}
+            (Victim::Worker(rank), kind @ (Kind::Kill | Kind::Stop)) => {
+                self.struck.insert(rank, (kind, Instant::now()));
+            }
+            (Victim::Worker(_), _) => {}
         }
         Ok(())
     }

@@ -1,5 +1,7 @@
 //! Where things are, and how the peers are asked.
 
+#[path = "../chaos/model.rs"]
+pub(crate) mod small_model;
 pub(crate) mod training;
 
 use std::os::unix::process::ExitStatusExt;
@@ -90,6 +92,16 @@ const SHORT: [&str; 9] = [
 pub(crate) fn short(run: &Path, workers: &str) -> Command {
     let mut command = coordinator(&["--workers", workers, "--run-dir", run.to_str().unwrap()]);
     for setting in SHORT {
+        command.args(["--set", setting]);
+    }
+    command
+}
+
+/// A run of the model that [`small_model::write`] makes: with every phase, in seconds.
+pub(crate) fn small(run: &Path, workers: &str, model: &Path) -> Command {
+    let mut command = short(run, workers);
+    command.args(["--model", model.to_str().unwrap()]);
+    for setting in ["sampling.cache_budget=\"64MiB\"", "run.snapshot_steps=1"] {
         command.args(["--set", setting]);
     }
     command

@@ -66,7 +66,7 @@ pub struct Session {
 const TICK: Duration = Duration::from_millis(250);
 
 /// Workers have this long to leave after they were told to.
-const LEAVE_GRACE: Duration = Duration::from_secs(8);
+const LEAVE_GRACE: Duration = Duration::from_secs(4);
 
 /// Results of work on blocking threads.
 enum Finished {
