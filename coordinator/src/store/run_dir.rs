@@ -5,16 +5,9 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use super::error::StoreError;
+use super::names::{self, CONFIG, ITERATIONS, JOURNAL, LOCK, LOGS, SNAPSHOTS, SUMMARY};
 use super::publish;
 use crate::domain::{Epoch, Iteration};
-
-const LOCK: &str = "lock";
-const CONFIG: &str = "config.toml";
-const JOURNAL: &str = "journal.sqlite";
-const ITERATIONS: &str = "iterations";
-const SNAPSHOTS: &str = "snapshots";
-const LOGS: &str = "logs";
-const SUMMARY: &str = "summary.json";
 
 /// A run's directory, held exclusively until this value is dropped or the
 /// process dies: the operating system then releases the lock. Processes that
@@ -154,7 +147,7 @@ impl RunDir {
 
     /// `iterations/01`.
     pub fn iteration(&self, iteration: Iteration) -> PathBuf {
-        self.iterations().join(format!("{:02}", iteration.0))
+        self.root.join(names::iteration(iteration))
     }
 
     /// Makes the folder of an iteration, durably, and returns it.
@@ -170,17 +163,17 @@ impl RunDir {
 
     /// `iterations/01/checkpoint`.
     pub fn checkpoint(&self, iteration: Iteration) -> PathBuf {
-        self.iteration(iteration).join("checkpoint")
+        self.root.join(names::checkpoint(iteration))
     }
 
     /// `iterations/01/pairs.parquet`.
     pub fn pairs(&self, iteration: Iteration) -> PathBuf {
-        self.iteration(iteration).join("pairs.parquet")
+        self.root.join(names::pairs(iteration))
     }
 
     /// `iterations/01/metrics.jsonl`.
     pub fn metrics(&self, iteration: Iteration) -> PathBuf {
-        self.iteration(iteration).join("metrics.jsonl")
+        self.root.join(names::metrics(iteration))
     }
 
     fn snapshots(&self) -> PathBuf {
@@ -189,7 +182,7 @@ impl RunDir {
 
     /// `snapshots/01-epoch-0`: training state at the end of that epoch.
     pub fn snapshot(&self, iteration: Iteration, epoch: Epoch) -> PathBuf {
-        self.snapshots().join(format!("{:02}-epoch-{}", iteration.0, epoch.0))
+        self.root.join(names::snapshot(iteration, epoch))
     }
 
     /// Removes all snapshots of iterations up to and with `iteration`: its
@@ -200,7 +193,8 @@ impl RunDir {
     pub fn prune_snapshots(&self, iteration: Iteration) -> Result<(), StoreError> {
         for entry in publish::list(&self.snapshots())? {
             let name = entry.file_name();
-            let of = name.to_str().and_then(|name| name.split_once("-epoch-")?.0.parse().ok());
+            let of = name.to_str().filter(|name| !name.contains(names::SET_ASIDE));
+            let of = of.and_then(|name| name.split_once("-epoch-")?.0.parse().ok());
             if of.is_some_and(|of: u32| of <= iteration.0) {
                 publish::retire_dir(&entry.path())?;
             }
@@ -221,6 +215,29 @@ impl RunDir {
     /// `logs/worker-0.log`: standard error of the worker in that slot.
     pub fn worker_log(&self, slot: u32) -> PathBuf {
         self.logs().join(format!("worker-{slot}.log"))
+    }
+}
+
+/// What the live coordinator of a directory says of itself; `None` where none is
+/// live. Takes nothing and leaves nothing, so that whoever only reads can ask.
+///
+/// # Errors
+/// The operation that failed.
+pub fn holder(root: &Path) -> Result<Option<String>, StoreError> {
+    let path = root.join(LOCK);
+    let file = match File::open(&path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(StoreError::io("open", &path)(e)),
+    };
+    match file.try_lock_shared() {
+        // Given back when the file closes.
+        Ok(()) => Ok(None),
+        Err(TryLockError::WouldBlock) => {
+            let holder = fs::read_to_string(&path).unwrap_or_default();
+            Ok(Some(holder.trim().to_owned()))
+        }
+        Err(TryLockError::Error(e)) => Err(StoreError::io("lock", &path)(e)),
     }
 }
 
@@ -305,7 +322,9 @@ mod tests {
         let refused = RunDir::open(&root).unwrap_err().to_string();
         let holder = format!("live coordinator (process {} on ", std::process::id());
         assert!(refused.contains(&holder), "{refused}");
+        assert!(super::holder(&root).unwrap().unwrap().starts_with("process "));
         drop(first);
+        assert_eq!(super::holder(&root).unwrap(), None);
         RunDir::open(&root).unwrap();
     }
 
@@ -328,10 +347,11 @@ mod tests {
         for (iteration, epoch) in [(0, 0), (0, 2), (1, 0), (10, 0)] {
             fs::create_dir(run.snapshot(Iteration(iteration), Epoch(epoch))).unwrap();
         }
+        let aside = publish::set_aside(&run.snapshot(Iteration(0), Epoch(2))).unwrap();
         run.prune_snapshots(Iteration(1)).unwrap();
         let left: Vec<_> =
             publish::list(&run.snapshots()).unwrap().iter().map(|e| e.file_name()).collect();
-        assert_eq!(left, ["10-epoch-0"]);
+        assert_eq!(left, [aside.file_name().unwrap(), "10-epoch-0".as_ref()]);
     }
 
     #[test]

@@ -10,8 +10,10 @@ use super::Session;
 use crate::config::DType;
 use crate::domain::{Epoch, Iteration};
 use crate::run::command::WrittenFile;
+use crate::store::journal::manifest_of;
+use crate::store::manifest::MANIFEST;
 use crate::store::publish::{begin_staging, publish_dir, staging};
-use crate::store::{FileEntry, Manifest, RunDir, Subject};
+use crate::store::{FileEntry, Journal, Manifest, RunDir, Subject};
 
 /// What a manifest of this run says it belongs to.
 pub(super) fn subject(session: &Session, k: Iteration) -> Subject {
@@ -77,6 +79,13 @@ pub(super) fn keep_snapshot(
         .collect();
     Manifest::build(&staged, subject, &known, &mut |_| {})?.save(&staged)?;
     publish_dir(&staged, &target)?;
+    Ok(())
+}
+
+/// Records the manifest of an epoch's snapshot, which vouches for all its files.
+pub(super) fn seal(run: &RunDir, journal: &mut Journal, k: Iteration, epoch: Epoch) -> Result<()> {
+    let path = run.snapshot(k, epoch).join(MANIFEST);
+    journal.record_file(&manifest_of(k, epoch), &FileEntry::of_file(&path, &mut |_| ())?)?;
     Ok(())
 }
 
