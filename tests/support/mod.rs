@@ -1,5 +1,6 @@
 //! Where things are, and how the peers are asked.
 
+pub(crate) mod tiny;
 pub(crate) mod training;
 
 use std::os::unix::process::ExitStatusExt;
@@ -156,6 +157,12 @@ pub(crate) fn signalled_at(mut command: Command, line: &str, signal: &str) -> Op
         stdout: String::new(),
         stderr: log,
     })
+}
+
+/// Where a coordinator said that it listens; nowhere, if it started no worker.
+pub(crate) fn address(log: &str) -> Option<String> {
+    let after = log.split("address=").nth(1)?;
+    Some(format!("http://{}", after.split_whitespace().next().unwrap()))
 }
 
 /// Processes whose command line holds `part`.
