@@ -1,8 +1,8 @@
 //! Same configuration, seed and number of workers: the same bytes, killed or not.
 
 use crate::support::{
-    ended, eventually, first_steps_are_ln_2, processes, published, resume, short, signalled_at,
-    succeeds,
+    address, ended, eventually, first_steps_are_ln_2, processes, published, resume, short,
+    signalled_at, succeeds,
 };
 
 /// Two undisturbed runs, one that loses its coordinator to SIGKILL after every
@@ -66,10 +66,4 @@ fn runs_end_with_the_same_bytes_killed_stopped_or_not() {
     assert_eq!(again.code, Some(0));
     assert!(again.stdout.contains("checkpoint:"), "{}", again.stdout);
     assert_eq!(published(&stopped), expected);
-}
-
-/// Where a coordinator said that it listens; nowhere, if it started no worker.
-fn address(log: &str) -> Option<String> {
-    let after = log.split("address=").nth(1)?;
-    Some(format!("http://{}", after.split_whitespace().next().unwrap()))
 }

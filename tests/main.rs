@@ -7,6 +7,7 @@
 mod support;
 
 mod corpus;
+mod damage;
 mod demo;
 mod determinism;
 mod disk;

@@ -28,6 +28,8 @@ Examples:
       go on after the last committed phase
   coordinator data sat_dsat_annotation.json
       what a file holds, and why what was dropped was dropped
+  coordinator verify runs/first
+      whether every file of a run is still the one that was written
 
 Settings come from the recipe's defaults, then --config, then DRIFT__SECTION__KEY
 variables, then flags. Without --config and --corpus the demo's settings take the
@@ -51,6 +53,10 @@ pub enum Subcommands {
     /// Counts what conversation files hold: DSAT and SAT turns, seed pairs, and
     /// every record dropped, by reason.
     Data(DataArguments),
+    /// Checks that every file of a run directory is the one that was written, by its
+    /// hash, and the journal row by row. Changes nothing, also while a run is live.
+    /// Exit status 1 where something is damaged or missing.
+    Verify(VerifyArguments),
 }
 
 /// Arguments of a run.
@@ -130,6 +136,17 @@ pub struct DataArguments {
     #[arg(long, default_value_t = 0.01, value_name = "SHARE")]
     pub max_malformed: f64,
     /// A JSON array with one object per file, instead of a table.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `verify`.
+#[derive(Debug, Args)]
+pub struct VerifyArguments {
+    /// Directory of the run.
+    #[arg(value_name = "RUN_DIR")]
+    pub run_dir: PathBuf,
+    /// A JSON object with every item, instead of lines.
     #[arg(long)]
     pub json: bool,
 }

@@ -5,13 +5,14 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use drift_coordinator::cli::{Cli, Subcommands};
-use drift_coordinator::commands::{Exit, data, run};
+use drift_coordinator::commands::{Exit, data, run, verify};
 use drift_coordinator::config::{ConfigError, Problems};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let ended = match &cli.command {
         Some(Subcommands::Data(arguments)) => data(arguments).map(|()| Exit::Finished),
+        Some(Subcommands::Verify(arguments)) => verify(arguments),
         None => run(&cli.run),
     };
     match ended {

@@ -170,6 +170,12 @@ pub(crate) fn signalled_at(mut command: Command, line: &str, signal: &str) -> Op
     })
 }
 
+/// Where a coordinator said that it listens; nowhere, if it started no worker.
+pub(crate) fn address(log: &str) -> Option<String> {
+    let after = log.split("address=").nth(1)?;
+    Some(format!("http://{}", after.split_whitespace().next().unwrap()))
+}
+
 /// Processes whose command line holds `part`.
 pub(crate) fn processes(part: &str) -> Vec<String> {
     let mut found = Vec::new();

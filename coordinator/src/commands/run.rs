@@ -7,17 +7,18 @@ use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use super::model::find_model;
 use super::reading::ReadingBar;
 use crate::cli::RunArguments;
 use crate::config::{Base, Layers, Settings};
-use crate::run::driver::{Prepared, Session, drive, prepare, summarise};
+use crate::run::driver::{Prepared, Session, drive, prepare, salvage, summarise};
 use crate::run::machine::Outcome;
+use crate::store::journal::torn_at;
 use crate::store::manifest::hex;
 use crate::store::publish::write_file;
-use crate::store::{Journal, RunDir, RunMeta};
+use crate::store::{FileEntry, Journal, RunDir, RunMeta, names};
 use crate::ui::Progress;
 use crate::ui::logging::{self, LogFile};
 use crate::ui::summary::{Glyphs, render};
@@ -49,7 +50,13 @@ pub fn run(arguments: &RunArguments) -> Result<Exit> {
         };
         layers.load()?
     };
-    settings.check()?;
+    match &arguments.run_dir {
+        Some(dir) if arguments.resume => settings.check().with_context(|| {
+            let path = dir.join(names::CONFIG);
+            format!("{}: not the settings that the run began with; restore it", path.display())
+        })?,
+        _ => settings.check()?,
+    }
     // A run that goes on keeps its settings, and its batches with them.
     let workers = arguments.workers.filter(|_| arguments.resume).unwrap_or(settings.workers);
     Settings { workers, ..settings.clone() }.check()?;
@@ -60,7 +67,7 @@ pub fn run(arguments: &RunArguments) -> Result<Exit> {
     let progress = Progress::stderr();
     let log = logging::init(&progress, settings.run.log_format, &log_filter())?;
     let Opened { inputs, run, journal, run_id } = if arguments.resume {
-        reopen(&settings, &progress, &log)?
+        reopen(&settings, workers, &progress, &log)?
     } else {
         complete(&mut settings, arguments)?;
         begin(&settings, &progress, &log)?
@@ -80,12 +87,14 @@ pub fn run(arguments: &RunArguments) -> Result<Exit> {
         .enable_all()
         .build()
         .context("start the runtime")?;
-    let (outcome, session, signal) = runtime.block_on(watched(session))?;
+    let (outcome, mut session, signal) = runtime.block_on(watched(session))?;
     let dir = session.run.root().display().to_string();
     match outcome {
         Outcome::Finished => {
             let summary = summarise(&session)?;
-            write_file(&session.run.summary_path(), &summary.to_json()?)?;
+            let json = summary.to_json()?;
+            write_file(&session.run.summary_path(), &json)?;
+            session.journal.record_file(names::SUMMARY, &FileEntry::of_bytes(&json))?;
             print(&render(&summary, Glyphs::from_environment()))?;
             Ok(Exit::Finished)
         }
@@ -215,10 +224,17 @@ fn begin(settings: &Settings, progress: &Progress, log: &LogFile) -> Result<Open
 }
 
 /// A run that began before.
-fn reopen(settings: &Settings, progress: &Progress, log: &LogFile) -> Result<Opened> {
+fn reopen(settings: &Settings, workers: u32, progress: &Progress, log: &LogFile) -> Result<Opened> {
     let run = RunDir::open(Path::new(&settings.run.dir))?;
     log.open(&run.coordinator_log())?;
-    let (journal, meta) = Journal::open(&run.journal_path())?;
+    let unmerged = run.root().join(names::JOURNAL_LOG);
+    if let Some(byte) = torn_at(&unmerged)? {
+        warn!(
+            file = %unmerged.display(),
+            "does not check from byte {byte} on, where it was cut or changed, or its process died as it wrote; what it held behind is done again"
+        );
+    }
+    let (mut journal, meta) = Journal::open(&run.journal_path())?;
     let bytes = std::fs::read(run.config_path()).context("read the frozen config.toml")?;
     if hex(&Sha256::digest(&bytes)) != meta.config_sha256 {
         bail!(
@@ -237,6 +253,7 @@ fn reopen(settings: &Settings, progress: &Progress, log: &LogFile) -> Result<Ope
         );
     }
     info!(dir = %run.root().display(), run_id = meta.run_id, "go on with a run");
+    salvage(&run, &mut journal, &meta.run_id, &inputs.prepared, settings, workers, progress)?;
     Ok(Opened { inputs, run, journal, run_id: meta.run_id })
 }
 

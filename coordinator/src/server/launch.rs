@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 use super::door::JoinToken;
 use crate::config::{DeviceChoice, LaunchSettings};
 use crate::run::command::Rank;
-use crate::store::worker_log;
+use crate::store::names;
 
 /// Why a worker could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -159,7 +159,7 @@ impl Launcher {
         let before = self.running.remove(&rank);
         self.processes += 1;
         let process = self.processes;
-        let log = self.plan.logs.join(worker_log(rank.0));
+        let log = self.plan.logs.join(names::worker_log(rank.0));
         let mut command = self.command(rank, &log)?;
         let first = match before {
             None => Some(spawn(&mut command, &self.plan.program)?),

@@ -38,6 +38,11 @@ impl FileEntry {
         Self { bytes, sha256: hex(sha256) }
     }
 
+    /// Of a file with these contents.
+    pub fn of_bytes(bytes: &[u8]) -> Self {
+        Self::new(bytes.len() as u64, &Sha256::digest(bytes).into())
+    }
+
     /// Reads and hashes the file at `path`; `progress` is told the bytes read
     /// since its last call.
     ///
@@ -68,6 +73,18 @@ impl FileEntry {
     /// # Errors
     /// [`StoreError::Verify`] with what was expected and found.
     pub fn verify(&self, path: &Path) -> Result<(), StoreError> {
+        self.verify_with(path, &mut |_| ())
+    }
+
+    /// As [`FileEntry::verify`]; `progress` is told the bytes read since its last call.
+    ///
+    /// # Errors
+    /// As [`FileEntry::verify`].
+    pub fn verify_with(
+        &self,
+        path: &Path,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<(), StoreError> {
         let found = match fs::symlink_metadata(path) {
             Ok(found) => found,
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
@@ -86,7 +103,7 @@ impl FileEntry {
             }
             .into());
         }
-        let read = Self::of_file(path, &mut |_| ())?;
+        let read = Self::of_file(path, progress)?;
         if read.sha256 != self.sha256 {
             return Err(VerifyError::Hash {
                 path: path.to_owned(),
@@ -284,8 +301,7 @@ impl Manifest {
             }
         }
         for (name, entry) in &self.files {
-            entry.verify(&folder.join(name))?;
-            progress(entry.bytes);
+            entry.verify_with(&folder.join(name), progress)?;
         }
         Ok(())
     }
@@ -294,7 +310,7 @@ impl Manifest {
 /// Plain files under `folder` by relative path, with their lengths; without
 /// the manifest itself. Half-written files of [`publish`] are listed too: a
 /// folder that has any is not whole.
-fn walk(folder: &Path) -> Result<BTreeMap<String, u64>, StoreError> {
+pub(super) fn walk(folder: &Path) -> Result<BTreeMap<String, u64>, StoreError> {
     let mut files = BTreeMap::new();
     let mut folders = vec![(folder.to_owned(), String::new())];
     while let Some((folder, prefix)) = folders.pop() {

@@ -18,9 +18,9 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::error::StoreError;
-use super::journal::StepRecord;
+use super::journal::{CommittedPhase, Journal, StepRecord};
 use super::publish;
-use crate::domain::{Iteration, Step};
+use crate::domain::{Epoch, Iteration, Step};
 
 /// Keys of a step's record that depend on the clock. They stay in the journal,
 /// and are left out of `metrics.jsonl`.
@@ -73,17 +73,44 @@ fn values(metrics: &Value, prefix: &str) -> Map<String, Value> {
         .collect()
 }
 
+/// An iteration's rows as the journal has them: its steps, and an evaluation behind
+/// the last step of each epoch that was evaluated.
+///
+/// # Errors
+/// A journal that is damaged there, or that cannot be read.
+pub fn rows(journal: &Journal, k: Iteration) -> Result<Vec<MetricsRow>, StoreError> {
+    let steps = journal.steps(k)?;
+    let commits = journal.commits()?;
+    let evaluation = |epoch: Epoch| {
+        commits.iter().find(|c| {
+            c.iteration == k && c.phase == CommittedPhase::Evaluated && c.epoch == Some(epoch)
+        })
+    };
+    let mut rows = Vec::new();
+    for (n, step) in steps.iter().enumerate() {
+        rows.push(MetricsRow::step(k, step));
+        let ends_epoch = steps.get(n + 1).is_none_or(|next| next.epoch != step.epoch);
+        if ends_epoch && let Some(evaluated) = evaluation(step.epoch) {
+            rows.push(MetricsRow::evaluation(k, step.step, &evaluated.detail));
+        }
+    }
+    Ok(rows)
+}
+
+/// The bytes that [`write`] gives the file at `path`.
+///
+/// # Errors
+/// A value that JSON cannot hold.
+pub fn text(path: &Path, rows: &[MetricsRow]) -> Result<String, StoreError> {
+    rows.iter().map(|row| row.line(path)).collect()
+}
+
 /// Publishes `rows` as the whole file: the same bytes for equal rows.
 ///
 /// # Errors
 /// The operation that failed; the file then is what it was.
 pub fn write(path: &Path, rows: &[MetricsRow]) -> Result<(), StoreError> {
-    publish::write_file_with(path, |file| {
-        for row in rows {
-            file.write_all(row.line(path)?.as_bytes()).map_err(StoreError::io("write", path))?;
-        }
-        Ok(())
-    })
+    publish::write_file(path, text(path, rows)?.as_bytes())
 }
 
 /// The file while steps are being done.
@@ -140,7 +167,6 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::domain::Epoch;
 
     fn row(step: u64) -> MetricsRow {
         let metrics = json!({

@@ -22,6 +22,8 @@
 //! | [`journal`] | the one SQLite database: what has happened, in order |
 //! | [`pairs`] | `pairs.parquet` |
 //! | [`metrics`] | `metrics.jsonl` |
+//! | [`names`] | what all of these are called |
+//! | [`verify`](mod@verify) | whether each file is still the one that was written |
 //! | [`error`] | what went wrong, with which file, and what to do about it |
 //!
 //! Absent from here: clocks, chance, the network, and any decision about what
@@ -31,11 +33,13 @@ pub mod error;
 pub mod journal;
 pub mod manifest;
 pub mod metrics;
+pub mod names;
 pub mod pairs;
 pub mod publish;
 pub mod run_dir;
+pub mod verify;
 
 pub use error::StoreError;
 pub use journal::{Commit, CommittedPhase, Journal, RunMeta, StepRecord};
 pub use manifest::{FileEntry, Manifest, Subject, VerifyError};
-pub use run_dir::{RunDir, worker_log};
+pub use run_dir::RunDir;

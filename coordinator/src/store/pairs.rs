@@ -47,17 +47,27 @@ const REMEDY: &str = "restore it from a backup, or start again in a new --run-di
 /// # Errors
 /// A row whose `tokens.id` is not its number, or the operation that failed.
 pub fn write_pairs(path: &Path, rows: &[PairRow]) -> Result<FileEntry, StoreError> {
+    publish::write_file_with(path, |file| write_to(path, file, rows))
+}
+
+/// Length and hash of the file that [`write_pairs`] would publish.
+///
+/// # Errors
+/// A row whose `tokens.id` is not its number, or rows that Parquet cannot hold.
+pub fn measure_pairs(path: &Path, rows: &[PairRow]) -> Result<FileEntry, StoreError> {
+    write_to(path, io::sink(), rows)
+}
+
+fn write_to(path: &Path, to: impl Write + Send, rows: &[PairRow]) -> Result<FileEntry, StoreError> {
     for (number, row) in (0..).zip(rows) {
         if row.tokens.id != PairId(number) {
             let problem = format!("row {number} was given pair id {}", row.tokens.id);
             return Err(StoreError::malformed(path, problem, "report this as a bug"));
         }
     }
-    publish::write_file_with(path, |file| {
-        let mut hashing = Hashing { inner: file, digest: Sha256::new(), bytes: 0 };
-        write_groups(&mut hashing, rows).map_err(|e| write_error(path, e))?;
-        Ok(FileEntry::new(hashing.bytes, &hashing.digest.finalize().into()))
-    })
+    let mut hashing = Hashing { inner: to, digest: Sha256::new(), bytes: 0 };
+    write_groups(&mut hashing, rows).map_err(|e| write_error(path, e))?;
+    Ok(FileEntry::new(hashing.bytes, &hashing.digest.finalize().into()))
 }
 
 fn write_groups(to: &mut (impl Write + Send), rows: &[PairRow]) -> Result<(), ParquetError> {

@@ -19,6 +19,7 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::error::StoreError;
 use super::manifest::Manifest;
+use super::names;
 
 const FILE_ASIDE: &str = ".writing";
 const FOLDER_ASIDE: &str = ".staging";
@@ -156,6 +157,26 @@ pub fn retire_dir(target: &Path) -> Result<(), StoreError> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(e) => Err(StoreError::io("rename", target)(e)),
     }
+}
+
+/// Moves something damaged out of the way, to `NAME.damaged-1` or the first number
+/// that is free, and returns where it is now. Nothing removes it.
+///
+/// # Errors
+/// The operation that failed.
+pub fn set_aside(path: &Path) -> Result<PathBuf, StoreError> {
+    let name = path.file_name().unwrap_or_default().to_owned();
+    for number in 1_u32.. {
+        let mut to = name.clone();
+        to.push(format!("{}{number}", names::SET_ASIDE));
+        let to = path.with_file_name(to);
+        if !to.try_exists().map_err(StoreError::io("look at", &to))? {
+            fs::rename(path, &to).map_err(StoreError::io("rename", path))?;
+            sync_folder(parent(path))?;
+            return Ok(to);
+        }
+    }
+    Err(StoreError::io("set aside", path)(io::ErrorKind::AlreadyExists.into()))
 }
 
 /// Removes what a dead writer left in `folder` (not in its subfolders):
@@ -324,6 +345,19 @@ mod tests {
         assert_eq!(publish_dir(&staged, &target).unwrap(), Published::Replaced);
         assert_eq!(contents(&target), "new");
         assert_eq!(list(dir.path()).unwrap().len(), 1, "the old one is gone");
+    }
+
+    #[test]
+    fn what_is_set_aside_takes_the_first_free_number() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("checkpoint");
+        for expected in ["checkpoint.damaged-1", "checkpoint.damaged-2"] {
+            folder_with(&path, expected);
+            let aside = set_aside(&path).unwrap();
+            assert_eq!(aside.file_name().unwrap(), expected);
+            assert_eq!(contents(&aside), expected);
+        }
+        assert!(!path.exists());
     }
 
     #[test]

@@ -5,16 +5,9 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use super::error::StoreError;
+use super::names::{self, CONFIG, ITERATIONS, JOURNAL, LOCK, LOGS, SNAPSHOTS, SUMMARY};
 use super::publish;
 use crate::domain::{Epoch, Iteration, Step};
-
-const LOCK: &str = "lock";
-const CONFIG: &str = "config.toml";
-const JOURNAL: &str = "journal.sqlite";
-const ITERATIONS: &str = "iterations";
-const SNAPSHOTS: &str = "snapshots";
-const LOGS: &str = "logs";
-const SUMMARY: &str = "summary.json";
 
 /// A run's directory, held exclusively until this value is dropped or the
 /// process dies: the operating system then releases the lock. Processes that
@@ -158,7 +151,7 @@ impl RunDir {
 
     /// `iterations/01`.
     pub fn iteration(&self, iteration: Iteration) -> PathBuf {
-        self.iterations().join(format!("{:02}", iteration.0))
+        self.root.join(names::iteration(iteration))
     }
 
     /// Makes the folder of an iteration, durably, and returns it.
@@ -174,17 +167,17 @@ impl RunDir {
 
     /// `iterations/01/checkpoint`.
     pub fn checkpoint(&self, iteration: Iteration) -> PathBuf {
-        self.iteration(iteration).join("checkpoint")
+        self.root.join(names::checkpoint(iteration))
     }
 
     /// `iterations/01/pairs.parquet`.
     pub fn pairs(&self, iteration: Iteration) -> PathBuf {
-        self.iteration(iteration).join("pairs.parquet")
+        self.root.join(names::pairs(iteration))
     }
 
     /// `iterations/01/metrics.jsonl`.
     pub fn metrics(&self, iteration: Iteration) -> PathBuf {
-        self.iteration(iteration).join("metrics.jsonl")
+        self.root.join(names::metrics(iteration))
     }
 
     fn snapshots(&self) -> PathBuf {
@@ -193,12 +186,12 @@ impl RunDir {
 
     /// `snapshots/01-epoch-0`: training state at the end of that epoch.
     pub fn snapshot(&self, iteration: Iteration, epoch: Epoch) -> PathBuf {
-        self.snapshots().join(format!("{:02}-epoch-{}", iteration.0, epoch.0))
+        self.root.join(names::snapshot(iteration, epoch))
     }
 
     /// `snapshots/01-step-40`: training state behind that step, inside an epoch.
     pub fn step_snapshot(&self, iteration: Iteration, step: Step) -> PathBuf {
-        self.snapshots().join(format!("{:02}-step-{}", iteration.0, step.0))
+        self.root.join(names::step_snapshot(iteration, step))
     }
 
     /// Steps of an iteration behind which there is a snapshot, the last one first.
@@ -206,11 +199,11 @@ impl RunDir {
     /// # Errors
     /// The operation that failed.
     pub fn step_snapshots(&self, iteration: Iteration) -> Result<Vec<Step>, StoreError> {
-        let prefix = format!("{:02}-step-", iteration.0);
         let mut steps: Vec<_> = publish::list(&self.snapshots())?
             .iter()
-            .filter_map(|entry| entry.file_name().to_str()?.strip_prefix(&prefix)?.parse().ok())
-            .map(Step)
+            .filter_map(|entry| names::parse_step_snapshot(entry.file_name().to_str()?))
+            .filter(|(of, _)| *of == iteration)
+            .map(|(_, step)| step)
             .collect();
         steps.sort_unstable_by(|a, b| b.cmp(a));
         Ok(steps)
@@ -242,11 +235,10 @@ impl RunDir {
         for entry in publish::list(&self.snapshots())? {
             let name = entry.file_name();
             let of = name.to_str().and_then(|name| {
-                let (of, kind) = name.split_once('-')?;
-                let is_ours = kind.starts_with("epoch-") || kind.starts_with("step-");
-                of.parse().ok().filter(|_| is_ours)
+                let of_epoch = names::parse_snapshot(name).map(|(of, _)| of);
+                of_epoch.or_else(|| names::parse_step_snapshot(name).map(|(of, _)| of))
             });
-            if of.is_some_and(|of: u32| of <= iteration.0) {
+            if of.is_some_and(|of| of <= iteration) {
                 publish::retire_dir(&entry.path())?;
             }
         }
@@ -265,13 +257,31 @@ impl RunDir {
 
     /// `logs/worker-0.log`: standard error of the worker in that slot.
     pub fn worker_log(&self, slot: u32) -> PathBuf {
-        self.logs().join(worker_log(slot))
+        self.logs().join(names::worker_log(slot))
     }
 }
 
-/// Name of a worker's log.
-pub fn worker_log(slot: u32) -> String {
-    format!("worker-{slot}.log")
+/// What the live coordinator of a directory says of itself; `None` where none is
+/// live. Takes nothing and leaves nothing, so that whoever only reads can ask.
+///
+/// # Errors
+/// The operation that failed.
+pub fn holder(root: &Path) -> Result<Option<String>, StoreError> {
+    let path = root.join(LOCK);
+    let file = match File::open(&path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(StoreError::io("open", &path)(e)),
+    };
+    match file.try_lock_shared() {
+        // Given back when the file closes.
+        Ok(()) => Ok(None),
+        Err(TryLockError::WouldBlock) => {
+            let holder = fs::read_to_string(&path).unwrap_or_default();
+            Ok(Some(holder.trim().to_owned()))
+        }
+        Err(TryLockError::Error(e)) => Err(StoreError::io("lock", &path)(e)),
+    }
 }
 
 /// Refuses a folder with anything that a run which died before its journal
@@ -355,7 +365,9 @@ mod tests {
         let refused = RunDir::open(&root).unwrap_err().to_string();
         let holder = format!("live coordinator (process {} on ", std::process::id());
         assert!(refused.contains(&holder), "{refused}");
+        assert!(super::holder(&root).unwrap().unwrap().starts_with("process "));
         drop(first);
+        assert_eq!(super::holder(&root).unwrap(), None);
         RunDir::open(&root).unwrap();
     }
 
@@ -378,10 +390,11 @@ mod tests {
         for (iteration, epoch) in [(0, 0), (0, 2), (1, 0), (10, 0)] {
             fs::create_dir(run.snapshot(Iteration(iteration), Epoch(epoch))).unwrap();
         }
+        let aside = publish::set_aside(&run.snapshot(Iteration(0), Epoch(2))).unwrap();
         run.prune_snapshots(Iteration(1)).unwrap();
         let left: Vec<_> =
             publish::list(&run.snapshots()).unwrap().iter().map(|e| e.file_name()).collect();
-        assert_eq!(left, ["10-epoch-0"]);
+        assert_eq!(left, [aside.file_name().unwrap(), "10-epoch-0".as_ref()]);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! | module | owns |
 //! |---|---|
 //! | [`progress`] | bars on a terminal, plain log lines elsewhere |
+//! | [`checking`] | a bar for reading files through, once that takes long |
 //! | [`logging`] | log lines that do not tear the bars, and the run's log file |
 //! | [`step_line`] | one line for each training step |
 //! | [`summary`] | `summary.json`, and the closing table |
@@ -10,6 +11,7 @@
 //!
 //! Nothing here decides anything: it is told what happened, and shows it.
 
+pub mod checking;
 pub mod format;
 pub mod logging;
 pub mod progress;
@@ -17,5 +19,6 @@ pub mod step_line;
 pub mod summary;
 
 pub use crate::config::LogFormat;
+pub use checking::CheckingBar;
 pub use progress::{Activity, Bar, Progress};
 pub use summary::RunSummary;

@@ -24,6 +24,13 @@ pub enum Activity {
         /// Its length.
         bytes: u64,
     },
+    /// Files are read and compared with their hashes.
+    Checking {
+        /// The folder.
+        what: String,
+        /// Its length.
+        bytes: u64,
+    },
     /// Replies are drawn; the work behind them is counted in tokens.
     Sampling {
         /// Which iteration.
@@ -66,6 +73,7 @@ impl Activity {
     pub fn title(&self) -> String {
         let (iteration, doing) = match self {
             Self::Reading { file, .. } => return format!("reading {file}"),
+            Self::Checking { what, .. } => return format!("checking {what}"),
             Self::Sampling { iteration, .. } => (iteration, "sampling"),
             Self::Scoring { iteration, .. } => (iteration, "scoring"),
             Self::Training { iteration, .. } => (iteration, "training"),
@@ -77,7 +85,9 @@ impl Activity {
 
     fn total(&self) -> u64 {
         match self {
-            Self::Reading { bytes, .. } | Self::Publishing { bytes, .. } => *bytes,
+            Self::Reading { bytes, .. }
+            | Self::Checking { bytes, .. }
+            | Self::Publishing { bytes, .. } => *bytes,
             Self::Sampling { replies, .. } => *replies,
             Self::Training { steps, .. } => *steps,
             Self::Scoring { pairs, .. } | Self::Evaluating { pairs, .. } => *pairs,
@@ -87,7 +97,9 @@ impl Activity {
     /// `1,024 of 4,096 replies`.
     fn amount(&self, done: u64) -> String {
         let (total, unit) = match self {
-            Self::Reading { bytes, .. } | Self::Publishing { bytes, .. } => {
+            Self::Reading { bytes, .. }
+            | Self::Checking { bytes, .. }
+            | Self::Publishing { bytes, .. } => {
                 return format!("{} of {}", format::bytes(done), format::bytes(*bytes));
             }
             Self::Sampling { replies, .. } => (replies, "replies"),
@@ -100,7 +112,7 @@ impl Activity {
     /// `61.3 tokens/s`.
     fn rate(&self, gauge: &Gauge) -> String {
         match self {
-            Self::Reading { .. } | Self::Publishing { .. } => {
+            Self::Reading { .. } | Self::Checking { .. } | Self::Publishing { .. } => {
                 format!("{}/s", format::bytes(gauge.per_second() as u64))
             }
             Self::Sampling { .. } => format!("{} tokens/s", format::rate(gauge.work_per_second())),

@@ -10,15 +10,14 @@ use super::{
     Command, Driver, Effect, Event, Finished, Iteration, ModelSource, PairRef, Rank, SnapshotId,
     fault, publish, unix_seconds,
 };
-use crate::domain::{Epoch, PairRow, PromptId, ShardId, Step};
+use crate::domain::{Epoch, PromptId, ShardId, Step};
 use crate::run::machine::{ReductionSeconds, SnapshotKind};
 use crate::run::metrics::StepMetrics;
 use crate::server::{Outgoing, PairBatch};
-use crate::store::metrics::{MetricsLog, MetricsRow};
+use crate::store::metrics::{self, MetricsLog, MetricsRow};
 use crate::store::pairs::write_pairs;
 use crate::store::publish::{begin_staging, staging};
 use crate::store::{Commit, CommittedPhase, Journal, RunDir, StepRecord};
-use crate::text;
 
 impl Driver {
     /// Carries out one effect; gives back what the machine is to hear of it at once.
@@ -72,6 +71,7 @@ impl Driver {
                 let subject = publish::subject(&self.session, id.iteration());
                 publish::keep_snapshot(&self.snapshot(id), &files, subject)?;
                 if let SnapshotId::After(k, step) = id {
+                    publish::seal_step(&self.session.run, &mut self.session.journal, k, step)?;
                     self.session.run.prune_step_snapshots(k, Some(step))?;
                     fault::at("snapshot");
                 }
@@ -209,6 +209,9 @@ impl Driver {
         epoch: Option<Epoch>,
         detail: serde_json::Value,
     ) -> Result<()> {
+        if let (CommittedPhase::Trained, Some(epoch)) = (phase, epoch) {
+            publish::seal(&self.session.run, &mut self.session.journal, iteration, epoch)?;
+        }
         let commit = Commit { iteration, phase, epoch, at: unix_seconds(), detail };
         self.session.journal.commit(&commit)?;
         self.view.ended();
@@ -252,7 +255,7 @@ impl Driver {
         record["reduce_seconds"] = json!(reduction.busy);
         record["exposed_seconds"] = json!(reduction.exposed);
         if self.metrics.is_none() {
-            let rows = metric_rows(&self.session.journal, k)?;
+            let rows = metrics::rows(&self.session.journal, k)?;
             self.metrics = Some(MetricsLog::begin(&self.session.run.metrics(k), &rows)?);
         }
         self.session.journal.record_step(k, epoch, step, &record)?;
@@ -271,26 +274,10 @@ impl Driver {
         let finished = self.finished.clone();
         tokio::task::spawn_blocking(move || {
             let built = (|| {
-                let (rows, counts) = if k.0 == 0 {
-                    text::seed_pairs(
-                        &prepared.text,
-                        &prepared.seeds,
-                        prepared.lengths,
-                        &prepared.held_out,
-                    )?
-                } else {
-                    let held_out = &prepared.held_out;
-                    text::drift_pairs(
-                        &prepared.text,
-                        &prepared.dsat,
-                        &samples,
-                        prepared.lengths,
-                        held_out,
-                    )?
-                };
+                let (rows, counts) = prepared.pairs(k, &samples)?;
                 info!(iteration = k.0, "{counts}");
-                write_pairs(&path, &rows)?;
-                Ok::<(Vec<PairRow>, text::PairCounts), anyhow::Error>((rows, counts))
+                let file = write_pairs(&path, &rows)?;
+                Ok((rows, counts, file))
             })();
             let _ = finished.send(Finished::Pairs(k, built));
         });
@@ -303,31 +290,11 @@ impl Driver {
 pub(super) fn renew_metrics(journal: &Journal, run: &RunDir) -> Result<()> {
     let commits = journal.commits()?;
     let Some(k) = commits.last().map(|commit| commit.iteration) else { return Ok(()) };
-    let rows = metric_rows(journal, k)?;
+    let rows = metrics::rows(journal, k)?;
     if !rows.is_empty() {
-        crate::store::metrics::write(&run.metrics(k), &rows)?;
+        metrics::write(&run.metrics(k), &rows)?;
     }
     Ok(())
-}
-
-/// Lines of `metrics.jsonl` as the journal has them.
-fn metric_rows(journal: &Journal, k: Iteration) -> Result<Vec<MetricsRow>> {
-    let steps = journal.steps(k)?;
-    let commits = journal.commits()?;
-    let evaluation = |epoch: Epoch| {
-        commits.iter().find(|c| {
-            c.iteration == k && c.phase == CommittedPhase::Evaluated && c.epoch == Some(epoch)
-        })
-    };
-    let mut rows = Vec::new();
-    for (n, step) in steps.iter().enumerate() {
-        rows.push(MetricsRow::step(k, step));
-        let ends_epoch = steps.get(n + 1).is_none_or(|next| next.epoch != step.epoch);
-        if ends_epoch && let Some(evaluated) = evaluation(step.epoch) {
-            rows.push(MetricsRow::evaluation(k, step.step, &evaluated.detail));
-        }
-    }
-    Ok(rows)
 }
 
 /// Folders travel to workers as text.

@@ -7,9 +7,11 @@
 mod carry;
 mod fault;
 mod members;
+mod pairs;
 mod prepare;
 mod publish;
 mod resume;
+mod salvage;
 mod summary;
 mod view;
 
@@ -25,6 +27,7 @@ use tracing::{debug, info};
 use self::members::Peer;
 pub(crate) use self::prepare::named_format;
 pub use self::prepare::{Prepared, prepare};
+pub use self::salvage::salvage;
 pub use self::summary::summarise;
 use self::view::View;
 use super::command::{Command, ModelSource, PairRef, Rank, Report, SnapshotId};
@@ -37,7 +40,7 @@ use crate::server::{
     threads_per_worker,
 };
 use crate::store::metrics::MetricsLog;
-use crate::store::{Commit, CommittedPhase, Journal, RunDir};
+use crate::store::{Commit, CommittedPhase, FileEntry, Journal, RunDir, names};
 use crate::text::PairCounts;
 use crate::ui::Progress;
 
@@ -70,7 +73,7 @@ const LEAVE_GRACE: Duration = Duration::from_secs(4);
 
 /// Results of work on blocking threads.
 enum Finished {
-    Pairs(Iteration, Result<(Vec<PairRow>, PairCounts)>),
+    Pairs(Iteration, Result<(Vec<PairRow>, PairCounts, FileEntry)>),
     Checkpoint(Result<()>),
 }
 
@@ -261,11 +264,15 @@ impl Driver {
 
     fn thread_done(&mut self, done: Finished) {
         let event = match done {
-            Finished::Pairs(k, Ok((rows, counts))) => {
+            Finished::Pairs(k, Ok((rows, counts, file))) => {
                 let sets: PairSets = resume::sizes(&rows);
                 self.pairs = by_id(rows);
                 let kind = format!("pairs of iteration {k}");
-                match self.session.journal.record_counts(&kind, &serde_json::json!(counts)) {
+                let journal = &mut self.session.journal;
+                match journal
+                    .record_counts(&kind, &serde_json::json!(counts))
+                    .and_then(|()| journal.record_file(&names::pairs(k), &file))
+                {
                     Ok(()) => Event::PairsBuilt(sets),
                     Err(error) => Event::EffectFailed(error.to_string()),
                 }

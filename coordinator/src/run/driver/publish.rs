@@ -8,10 +8,12 @@ use anyhow::{Context, Result};
 
 use super::Session;
 use crate::config::DType;
-use crate::domain::{Epoch, Iteration};
+use crate::domain::{Epoch, Iteration, Step};
 use crate::run::command::WrittenFile;
+use crate::store::journal::{manifest_behind, manifest_of};
+use crate::store::manifest::MANIFEST;
 use crate::store::publish::{begin_staging, publish_dir, staging};
-use crate::store::{FileEntry, Manifest, Subject};
+use crate::store::{FileEntry, Journal, Manifest, RunDir, Subject};
 
 /// What a manifest of this run says it belongs to.
 pub(super) fn subject(session: &Session, k: Iteration) -> Subject {
@@ -70,6 +72,25 @@ pub(super) fn keep_snapshot(target: &Path, files: &[WrittenFile], subject: Subje
         .collect();
     Manifest::build(&staged, subject, &known, &mut |_| {})?.save(&staged)?;
     publish_dir(&staged, target)?;
+    Ok(())
+}
+
+/// Records the manifest of an epoch's snapshot, which vouches for all its files.
+pub(super) fn seal(run: &RunDir, journal: &mut Journal, k: Iteration, epoch: Epoch) -> Result<()> {
+    let path = run.snapshot(k, epoch).join(MANIFEST);
+    journal.record_file(&manifest_of(k, epoch), &FileEntry::of_file(&path, &mut |_| ())?)?;
+    Ok(())
+}
+
+/// The same, of a snapshot inside an epoch: one that is not recorded is not used.
+pub(super) fn seal_step(
+    run: &RunDir,
+    journal: &mut Journal,
+    k: Iteration,
+    step: Step,
+) -> Result<()> {
+    let path = run.step_snapshot(k, step).join(MANIFEST);
+    journal.record_file(&manifest_behind(k, step), &FileEntry::of_file(&path, &mut |_| ())?)?;
     Ok(())
 }
 

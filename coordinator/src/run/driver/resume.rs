@@ -6,6 +6,8 @@ use tracing::warn;
 use crate::domain::{Epoch, Iteration, PairRow, Step};
 use crate::run::machine::{Extent, PairSets, Position, Resume};
 use crate::run::plan::PairSize;
+use crate::store::journal::manifest_behind;
+use crate::store::manifest::MANIFEST;
 use crate::store::pairs::read_pairs;
 use crate::store::{CommittedPhase, Journal, Manifest, RunDir, StepRecord};
 
@@ -77,11 +79,22 @@ fn whole_snapshot(
         return Ok(None);
     }
     let steps = journal.steps(k)?;
-    let is_of_epoch = |step: Step| steps.iter().any(|s| s.step == step && s.epoch == epoch);
-    for step in snapshots.into_iter().filter(|&step| is_of_epoch(step)) {
+    // Every step before it must be in the journal: their metrics are published.
+    let follows = |step: Step| {
+        let behind = steps.iter().take_while(|s| s.step <= step);
+        behind.clone().zip(0..).all(|(s, n)| s.step.0 == n)
+            && behind.last().is_some_and(|s| s.step == step && s.epoch == epoch)
+    };
+    let files = journal.files()?;
+    for step in snapshots.into_iter().filter(|&step| follows(step)) {
         let folder = run.step_snapshot(k, step);
-        match Manifest::load(&folder).and_then(|manifest| manifest.verify(&folder)) {
-            Ok(_) => return Ok(Some(step)),
+        let Some(manifest) = files.get(&manifest_behind(k, step)) else { continue };
+        let whole = manifest
+            .verify(&folder.join(MANIFEST))
+            .and_then(|()| Manifest::load(&folder))
+            .and_then(|manifest| manifest.verify(&folder));
+        match whole {
+            Ok(()) => return Ok(Some(step)),
             Err(error) => warn!(%error, "leave a damaged snapshot alone; go on from before it"),
         }
     }

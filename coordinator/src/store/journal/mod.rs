@@ -11,7 +11,12 @@
 //! tail is torn ends where it is torn; the run then continues from the arrow
 //! before, and does what it did again, to the same bytes.
 
+mod audit;
 mod checked;
+mod copy;
+mod discard;
+mod files;
+mod log;
 mod samples;
 mod schema;
 mod training;
@@ -28,6 +33,11 @@ use super::manifest::Manifest;
 use super::publish;
 use crate::domain::{Epoch, Iteration};
 
+pub use self::audit::{Rows, Torn};
+pub use self::copy::JournalCopy;
+pub use self::discard::Discard;
+pub use self::files::{manifest_behind, manifest_of};
+pub use self::log::torn_at;
 pub use self::training::StepRecord;
 
 /// What a run is: fixed when it begins.

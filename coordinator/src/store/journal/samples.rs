@@ -29,18 +29,18 @@ fn from_blob(blob: &[u8]) -> Option<Vec<u32>> {
 }
 
 /// Sum over a shard's samples, which come in order of (prompt, index).
-struct ShardSum {
-    sum: RowSum,
-    samples: i64,
+pub(super) struct ShardSum {
+    pub(super) sum: RowSum,
+    pub(super) samples: i64,
 }
 
 impl ShardSum {
-    fn new(iteration: Iteration, shard: i64) -> Self {
+    pub(super) fn new(iteration: Iteration, shard: i64) -> Self {
         let sum = RowSum::of("samples").integer(i64::from(iteration.0)).integer(shard);
         Self { sum, samples: 0 }
     }
 
-    fn add(self, prompt: i64, index: u32, tokens: &[u8], finish: &str) -> Self {
+    pub(super) fn add(self, prompt: i64, index: u32, tokens: &[u8], finish: &str) -> Self {
         let sum = self
             .sum
             .integer(prompt)

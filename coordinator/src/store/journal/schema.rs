@@ -1,5 +1,6 @@
 //! Making and opening the database: its identity, its version, its safety.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use rusqlite::{Connection, OpenFlags, params};
@@ -11,6 +12,7 @@ use super::{RunMeta, StoreError, publish};
 pub(super) const APPLICATION_ID: i32 = 0x4452_4654;
 /// Raised when an older coordinator would misread the tables.
 pub(super) const VERSION: i64 = 1;
+const SCHEMA: &str = include_str!("schema.sql");
 
 pub(super) fn meta_sum(meta: &RunMeta) -> [u8; 32] {
     RowSum::of("run")
@@ -32,7 +34,7 @@ fn build(aside: &Path, meta: &RunMeta) -> rusqlite::Result<()> {
     connection.pragma_update(None, "journal_mode", "MEMORY")?;
     connection.pragma_update(None, "application_id", APPLICATION_ID)?;
     connection.pragma_update(None, "user_version", VERSION)?;
-    connection.execute_batch(include_str!("schema.sql"))?;
+    connection.execute_batch(SCHEMA)?;
     connection.execute(
         "INSERT INTO run VALUES (1, ?1, ?2, ?3, ?4, ?5)",
         params![
@@ -46,6 +48,21 @@ fn build(aside: &Path, meta: &RunMeta) -> rusqlite::Result<()> {
     connection.close().map_err(|(_, cause)| cause)
 }
 
+/// The SQL that made each table and index of a database.
+pub(super) fn definitions(connection: &Connection) -> rusqlite::Result<BTreeMap<String, String>> {
+    let sql = "SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL";
+    let mut query = connection.prepare(sql)?;
+    let rows = query.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+    rows.collect()
+}
+
+/// The [`definitions`] of a new journal.
+pub(super) fn expected_definitions() -> rusqlite::Result<BTreeMap<String, String>> {
+    let fresh = Connection::open_in_memory()?;
+    fresh.execute_batch(SCHEMA)?;
+    definitions(&fresh)
+}
+
 pub(super) fn open(path: &Path) -> Result<Connection, StoreError> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection =
@@ -57,6 +74,9 @@ pub(super) fn open(path: &Path) -> Result<Connection, StoreError> {
         .pragma_update(None, "locking_mode", "EXCLUSIVE")
         .map_err(failed(path, "take the lock"))?;
     let application = ask("application_id").map_err(failed(path, "read the header"))?;
+    if application == 0 && path.metadata().is_ok_and(|file| file.len() == 0) {
+        return Err(damaged(path, "byte 0: the file is empty".to_owned()));
+    }
     if application != i64::from(APPLICATION_ID) {
         return Err(StoreError::ForeignJournal {
             path: path.to_owned(),
@@ -67,6 +87,12 @@ pub(super) fn open(path: &Path) -> Result<Connection, StoreError> {
     let found = ask("user_version").map_err(failed(path, "read the header"))?;
     if found > VERSION {
         return Err(StoreError::JournalTooNew { path: path.to_owned(), found, known: VERSION });
+    }
+    if found < 1 {
+        return Err(damaged(
+            path,
+            format!("its header: schema version {found}, expected {VERSION}"),
+        ));
     }
     configure(&connection).map_err(failed(path, "prepare for writing"))?;
     let structure: String = connection

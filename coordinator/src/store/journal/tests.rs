@@ -15,7 +15,7 @@ fn meta() -> RunMeta {
     }
 }
 
-fn journal() -> (tempfile::TempDir, Journal) {
+pub(super) fn journal() -> (tempfile::TempDir, Journal) {
     let dir = tempfile::tempdir().unwrap();
     let journal = Journal::create(&dir.path().join("journal.sqlite"), &meta()).unwrap();
     (dir, journal)
@@ -32,12 +32,12 @@ fn after_a_kill(dir: &tempfile::TempDir) -> (tempfile::TempDir, PathBuf) {
     (copy, path)
 }
 
-fn sample(prompt: u64, index: u32, tokens: &[u32]) -> Sample {
+pub(super) fn sample(prompt: u64, index: u32, tokens: &[u32]) -> Sample {
     let finish = FinishReason::Stop;
     Sample { prompt: PromptId(prompt), index, tokens: tokens.to_vec(), finish }
 }
 
-fn commit(iteration: u32, phase: CommittedPhase, epoch: Option<u32>) -> Commit {
+pub(super) fn commit(iteration: u32, phase: CommittedPhase, epoch: Option<u32>) -> Commit {
     Commit {
         iteration: Iteration(iteration),
         phase,
@@ -199,7 +199,7 @@ fn metrics_keep_every_bit_through_their_json() {
 }
 
 /// Flips one bit of the first place where `needle` stands in the file.
-fn flip(path: &Path, needle: &[u8]) {
+pub(super) fn flip(path: &Path, needle: &[u8]) {
     let mut bytes = fs::read(path).unwrap();
     let at = bytes.windows(needle.len()).position(|w| w == needle).unwrap();
     bytes[at] ^= 1;

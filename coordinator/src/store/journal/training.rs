@@ -178,7 +178,7 @@ impl Journal {
     }
 }
 
-fn reference_sum(
+pub(super) fn reference_sum(
     iteration: Iteration,
     pair: i64,
     chosen: &[u8; 8],
@@ -192,7 +192,7 @@ fn reference_sum(
         .finish()
 }
 
-fn step_sum(iteration: Iteration, step: i64, epoch: Epoch, metrics: &str) -> [u8; 32] {
+pub(super) fn step_sum(iteration: Iteration, step: i64, epoch: Epoch, metrics: &str) -> [u8; 32] {
     RowSum::of("steps")
         .integer(i64::from(iteration.0))
         .integer(step)
