@@ -237,6 +237,7 @@ impl Driver {
     fn build_pairs(&mut self, k: Iteration) -> Result<()> {
         let samples = self.session.journal.samples(k)?;
         let prepared = std::sync::Arc::clone(&self.session.prepared);
+        let stop_strings = self.session.settings.sampling.stop_strings.clone();
         self.session.run.make_iteration(k)?;
         let path = self.session.run.pairs(k);
         let finished = self.finished.clone();
@@ -250,6 +251,7 @@ impl Driver {
                         &prepared.held_out,
                     )?
                 } else {
+                    let samples = text::cut_at_stops(&prepared.text, samples, &stop_strings)?;
                     let held_out = &prepared.held_out;
                     text::drift_pairs(
                         &prepared.text,
