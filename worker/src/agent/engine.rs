@@ -27,6 +27,7 @@ pub(super) enum Command {
     LoadModel { directory: PathBuf, kind: Kind },
     Sample { number: u64, shard: sample::Shard },
     Score { batch: u64, micro_batches: Vec<MicroBatch> },
+    Embed { batch: u64, sequences: Vec<Vec<u32>> },
     BeginTraining(TrainingSettings),
     TrainStep(TrainStep),
     SaveState(PathBuf),
@@ -43,6 +44,7 @@ pub(super) enum Reply {
     SampleProgress { shard: u64, tokens: u64, finished: u32 },
     Sampled { shard: u64, samples: Vec<Sample>, seconds: f64 },
     Scored { batch: u64, logps: Vec<PairLogps> },
+    Embedded { batch: u64, embeddings: Vec<Vec<f32>> },
     Stepped { step: u64, report: StepReport, seconds: f64 },
     StateSaved(Vec<SavedFile>),
     ModelSaved(Vec<SavedFile>),
@@ -153,6 +155,9 @@ impl Bench {
             Command::Sample { number, shard } => {
                 self.sample(number, &shard).with_context(|| format!("sample shard {number}"))
             }
+            Command::Embed { batch, sequences } => {
+                self.embed(batch, &sequences).with_context(|| format!("embed batch {batch}"))
+            }
             Command::Score { batch, micro_batches } => {
                 self.score(batch, &micro_batches).with_context(|| format!("score batch {batch}"))
             }
@@ -163,6 +168,7 @@ impl Bench {
                 Ok(Reply::Done)
             }
             Command::TrainStep(step) => {
+                self.sampler = None;
                 self.train(&step).with_context(|| format!("train step {}", step.step))
             }
             Command::SaveState(folder) => {
@@ -242,11 +248,7 @@ impl Bench {
                 ControlFlow::Continue(())
             }
         };
-        if self.sampler.is_none() {
-            self.sampler = Some(Sampler::new(self.trainer()?.policy())?);
-        }
-        let sampler = self.sampler.as_mut().context("no sampler")?;
-        match sampler.sample(shard, &mut observe) {
+        match self.sampler()?.sample(shard, &mut observe) {
             Ok(Sampled { samples, work }) => {
                 let seconds = began.elapsed().as_secs_f64();
                 info!(shard = number, ?work, seconds, "sampled");
@@ -255,6 +257,23 @@ impl Bench {
             Err(SampleError::Stopped) => bail!("stopped"),
             Err(error) => Err(error.into()),
         }
+    }
+
+    fn embed(&mut self, batch: u64, sequences: &[Vec<u32>]) -> Result<Reply> {
+        let stop = Arc::clone(&self.stop);
+        let mut observe = |_| match stop.load(Ordering::Relaxed) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        };
+        let embeddings = self.sampler()?.embed(sequences, &mut observe)?;
+        Ok(Reply::Embedded { batch, embeddings })
+    }
+
+    fn sampler(&mut self) -> Result<&mut Sampler> {
+        if self.sampler.is_none() {
+            self.sampler = Some(Sampler::new(self.trainer()?.policy())?);
+        }
+        self.sampler.as_mut().context("no sampler")
     }
 
     fn score(&mut self, batch: u64, micro_batches: &[MicroBatch]) -> Result<Reply> {
