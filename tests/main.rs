@@ -11,6 +11,8 @@ mod demo;
 mod determinism;
 mod model_parity;
 mod run;
+mod sample_parity;
+mod stop_strings;
 mod text_parity;
 mod train_memory;
 mod train_parity;
