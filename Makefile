@@ -15,6 +15,10 @@ ONLY ?= dpo sample scaling
 # such as ONLY=dpo ARGS="--mix even --skip-peer".
 ARGS ?=
 
+# Where there is llama.cpp, built for this machine, beside the other peers.
+BENCH_REQUIREMENTS := tests/python/requirements-bench.txt
+BENCH_STAMP := .venv/.bench-$(shell cat $(BENCH_REQUIREMENTS) | sha256sum | cut -c1-16)
+
 MODEL := .cache/models/SmolLM2-135M-Instruct
 REQUIREMENTS := tests/python/requirements-build.txt tests/python/requirements.txt
 # The stamp's name holds the requirements' hash: other pins, another stamp.
@@ -70,13 +74,21 @@ $(STAMP):
 	rm -f .venv/.installed-* .venv/.installing
 	touch $@
 
+# The wheels on the index are of old processors: built here, it uses all that this one has.
+$(BENCH_STAMP): | $(STAMP)
+	@echo "bench: building llama.cpp, once; this takes minutes"
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" nice .venv/bin/python -m pip install --disable-pip-version-check --no-deps \
+		--quiet --no-binary llama-cpp-python -r $(BENCH_REQUIREMENTS)
+	rm -f .venv/.bench-*
+	touch $@
+
 build: setup ## compile coordinator and worker
 	@cargo build --release --locked
 
 demo: build ## train the demo model for two iterations, on this machine's CPU
 	@target/release/coordinator --workers $(WORKERS) $(ARGS)
 
-bench: build ## measure the engines beside TRL and transformers, and two workers beside one
+bench: build $(if $(filter sample,$(ONLY)),$(BENCH_STAMP)) ## measure the engines beside TRL, transformers and llama.cpp, and two workers beside one
 	@for benchmark in $(ONLY); do
 		target/release/bench $$benchmark $(ARGS)
 	done

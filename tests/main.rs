@@ -14,6 +14,8 @@ mod disk;
 mod model_parity;
 mod recovery;
 mod run;
+mod sample_parity;
+mod stop_strings;
 mod text_parity;
 mod train_memory;
 mod train_parity;

@@ -10,7 +10,7 @@ use tch::{Device, Kind};
 
 use crate::mix::Mix;
 use crate::process::root;
-use crate::sample::Setting;
+use crate::sample::{Peer, Setting};
 
 /// Measures DRIFT's training engine on this machine.
 ///
@@ -38,9 +38,9 @@ pub(crate) enum Benchmark {
     /// speed-up, and the share of the time that gradients take to be summed which is
     /// hidden behind computation. Written to target/bench/scaling.json.
     Scaling(ScalingOptions),
-    /// Sampling: ours beside transformers' `generate`, in interleaved runs.
+    /// Sampling: ours beside transformers' `generate` and llama.cpp, in interleaved runs.
     ///
-    /// Both sides get the same weights and prompts, the recipe's distribution, replies
+    /// All sides get the same weights and prompts, the recipe's distribution, replies
     /// that end where the model ends them, and as many threads. Figures are medians over
     /// rounds; they are printed, and written to target/bench/sample.json.
     Sample(SampleOptions),
@@ -182,7 +182,11 @@ pub(crate) struct SampleOptions {
     #[arg(long, value_enum)]
     pub(crate) dtype: Option<DType>,
 
-    /// Leave the peer out: only ours, and the fraction of the floor.
+    /// Whom ours is compared with; may be given several times [default: all].
+    #[arg(long = "peer", value_enum, value_name = "PEER")]
+    pub(crate) peers: Vec<Peer>,
+
+    /// Leave the peers out: only ours, and the fraction of the floor.
     #[arg(long)]
     pub(crate) skip_peer: bool,
 

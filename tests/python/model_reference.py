@@ -1,7 +1,7 @@
 """What transformers computes, for tests/model_parity.rs to compare with.
 
     model_reference.py random DIR            small random models, and their logits
-    model_reference.py demo MODEL DATA FILE  logits and greedy tokens on real prompts
+    model_reference.py demo MODEL DATA FILE  logits on real prompts
     model_reference.py reload MODEL SAVED PROMPTS
                                              greedy tokens of a checkpoint that Rust
                                              saved from MODEL, and whether its tensors
@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import random_models
 
-GREEDY_TOKENS = 64
 LLAMA3_ROPE = dict(
     rope_type="llama3",
     factor=8.0,
@@ -73,15 +72,15 @@ def random(directory):
     return {"cases": list(CASES)}
 
 
-def greedy(model, prompts, stop_ids):
-    """Each prompt alone, so that no padding comes into it."""
+def generated(model, prompts, stop_ids, max_new_tokens):
+    """Greedy replies; each prompt alone, so that no padding comes into it."""
     replies = []
     for ids in prompts:
         output = model.generate(
             torch.tensor([ids]),
             attention_mask=torch.ones(1, len(ids), dtype=torch.long),
             do_sample=False,
-            max_new_tokens=GREEDY_TOKENS,
+            max_new_tokens=max_new_tokens,
             eos_token_id=stop_ids,
             pad_token_id=stop_ids[0],
         )
@@ -89,26 +88,26 @@ def greedy(model, prompts, stop_ids):
     return replies
 
 
-def real_prompts(tokenizer, data, count=8, chunk=512):
-    """Conversations of the corpus, from short to long; the last, and only it,
-    is longer than `chunk` tokens."""
+def stop_ids_of(generation_config):
+    stop = generation_config.eos_token_id
+    return stop if isinstance(stop, list) else [stop]
+
+
+def real_prompts(tokenizer, data, chunk=512):
+    """Conversations of the corpus: the shortest, one of the middle, and the shortest of
+    more than `chunk` tokens."""
     with open(data, encoding="utf-8") as lines:
         rows = [json.loads(line)["prompt"] for line in lines]
     ids = [tokenizer.apply_chat_template(row, add_generation_prompt=True) for row in rows]
     ids.sort(key=len)
-    short = [row for row in ids if len(row) <= chunk]
-    chosen = [short[i * (len(short) - 1) // (count - 2)] for i in range(count - 1)]
-    return chosen + [next(row for row in ids if len(row) > chunk)]
+    return [ids[0], ids[len(ids) // 2], next(row for row in ids if len(row) > chunk)]
 
 
 def demo(model_dir, data, out):
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     prompts = real_prompts(AutoTokenizer.from_pretrained(model_dir), data)
-    stop = model.generation_config.eos_token_id
-    stop_ids = stop if isinstance(stop, list) else [stop]
-    shown = (0, 3, 7)
-    save_file({f"logits.{i}": logits_of(model, prompts[i]) for i in shown}, out)
-    return {"prompts": prompts, "stop_ids": stop_ids, "replies": greedy(model, prompts, stop_ids)}
+    save_file({f"logits.{i}": logits_of(model, ids) for i, ids in enumerate(prompts)}, out)
+    return {"prompts": prompts}
 
 
 def reload(model_dir, saved_dir, prompts_file):
@@ -125,7 +124,9 @@ def reload(model_dir, saved_dir, prompts_file):
         for name in expected.keys() & found.keys()
         if not torch.equal(expected[name], found[name])
     ]
-    replies = greedy(saved.eval(), asked["prompts"], asked["stop_ids"])
+    replies = generated(
+        saved.eval(), asked["prompts"], asked["stop_ids"], asked["max_new_tokens"]
+    )
     return {"problems": problems, "tensors": len(found), "replies": replies}
 
 

@@ -1,5 +1,6 @@
 //! Where things are, and how the peers are asked.
 
+pub(crate) mod model;
 #[path = "../chaos/model.rs"]
 pub(crate) mod small_model;
 pub(crate) mod training;
@@ -49,6 +50,14 @@ pub(crate) fn python(script: &str, args: &[&str]) -> String {
         String::from_utf8_lossy(&output.stderr)
     );
     String::from_utf8(output.stdout).unwrap()
+}
+
+/// As [`python`]: the JSON object with which a script answers. Says who answered.
+pub(crate) fn ask(script: &str, args: &[&str]) -> serde_json::Value {
+    let output = python(script, args);
+    let reply: serde_json::Value = serde_json::from_str(output.lines().last().unwrap()).unwrap();
+    eprintln!("{}: against {}", args[0], reply["versions"].as_str().unwrap());
+    reply
 }
 
 /// A program of this build.

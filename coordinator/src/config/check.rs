@@ -110,6 +110,11 @@ impl Settings {
             ),
         );
         require(
+            sampling.stop_strings.iter().all(|stop| !stop.is_empty()),
+            &["sampling.stop_strings"],
+            "an empty text stands at every reply's start: leave it out".into(),
+        );
+        require(
             sampling.max_rows > 0 && sampling.cache_budget.0 > 0,
             &["sampling.max_rows", "sampling.cache_budget"],
             "must be above 0".to_owned(),
@@ -294,6 +299,8 @@ mod tests {
         );
         let decayed = ["training.weight_decay", "training.optimizer"];
         assert_eq!(keys(|s| s.training.weight_decay = 0.01), [decayed]);
+        let empty: fn(&mut Settings) = |s| s.sampling.stop_strings = vec!["###".into(), "".into()];
+        assert_eq!(keys(empty), [["sampling.stop_strings"]]);
         let budget = ["training.activation_budget", "training.recompute"];
         let no_budget: fn(&mut Settings) = |s| {
             s.training.recompute = Recompute::Auto;

@@ -117,6 +117,9 @@ settings! {
         repetition_penalty: f64 = 1.0;
         /// Tokens a reply has before it may end.
         min_new_tokens: u32 = 0;
+        /// Texts that end a reply, which is cut ahead of the first of them. Tokens behind it
+        /// are drawn and thrown away: workers see no text.
+        stop_strings: Vec<String> = Vec::new();
         /// Tokens of a reply at most.
         max_new_tokens: u32 = 512;
         /// Tokens of a sampling prompt; the end is kept.

@@ -8,7 +8,7 @@ use super::{Message, Origin, PairId, PromptId};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FinishReason {
-    /// An end-of-sequence id was drawn.
+    /// An end-of-sequence id was drawn, or what was drawn holds a stop string.
     Stop,
     /// `max_new_tokens` were drawn.
     Length,

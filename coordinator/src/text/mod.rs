@@ -7,6 +7,7 @@
 //! | `generation_blocks`, `json`, `python` | what Hugging Face's Jinja has and Rust's has not |
 //! | `special` | special tokens, and the ids at which a reply ends |
 //! | `held_out` | which prompts never train |
+//! | `stops` | where a sampled reply is cut because of what it says |
 //! | `pairs` | rows of preference pairs, cut to length; drops counted by reason |
 
 mod error;
@@ -21,6 +22,7 @@ mod model;
 mod pairs;
 mod python;
 mod special;
+mod stops;
 mod template;
 
 pub use error::TextError;
@@ -30,3 +32,4 @@ pub use model::{DEFAULT_INSTRUCTION, TextModel, TextOptions, guided_messages};
 pub use pairs::{
     Candidate, DropReason, Lengths, PairCounts, Reply, build_pairs, drift_pairs, seed_pairs,
 };
+pub use stops::cut_at_stops;

@@ -41,6 +41,10 @@ pub(super) enum Command {
         batch: u64,
         micro_batches: Vec<MicroBatch>,
     },
+    Embed {
+        batch: u64,
+        sequences: Vec<Vec<u32>>,
+    },
     BeginTraining(TrainingSettings),
     TrainStep(TrainStep),
     SaveState(PathBuf),
@@ -74,6 +78,10 @@ pub(super) enum Reply {
     Scored {
         batch: u64,
         logps: Vec<PairLogps>,
+    },
+    Embedded {
+        batch: u64,
+        embeddings: Vec<Vec<f32>>,
     },
     Stepped {
         step: u64,
@@ -209,6 +217,9 @@ impl Bench {
             Command::Sample { number, shard } => {
                 self.sample(number, &shard).with_context(|| format!("sample shard {number}"))
             }
+            Command::Embed { batch, sequences } => {
+                self.embed(batch, &sequences).with_context(|| format!("embed batch {batch}"))
+            }
             Command::Score { batch, micro_batches } => {
                 self.score(batch, &micro_batches).with_context(|| format!("score batch {batch}"))
             }
@@ -219,6 +230,7 @@ impl Bench {
                 Ok(Reply::Done)
             }
             Command::TrainStep(step) => {
+                self.sampler = None;
                 self.train(&step).with_context(|| format!("train step {}", step.step))
             }
             Command::SaveStateBeside { directory, step } => self
@@ -332,11 +344,7 @@ impl Bench {
                 ControlFlow::Continue(())
             }
         };
-        if self.sampler.is_none() {
-            self.sampler = Some(Sampler::new(self.trainer()?.policy())?);
-        }
-        let sampler = self.sampler.as_mut().context("no sampler")?;
-        match sampler.sample(shard, &mut observe) {
+        match self.sampler()?.sample(shard, &mut observe) {
             Ok(Sampled { samples, work }) => {
                 let seconds = began.elapsed().as_secs_f64();
                 info!(shard = number, ?work, seconds, "sampled");
@@ -345,6 +353,23 @@ impl Bench {
             Err(SampleError::Stopped) => bail!("stopped"),
             Err(error) => Err(error.into()),
         }
+    }
+
+    fn embed(&mut self, batch: u64, sequences: &[Vec<u32>]) -> Result<Reply> {
+        let stop = Arc::clone(&self.stop);
+        let mut observe = |_| match stop.load(Ordering::Relaxed) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        };
+        let embeddings = self.sampler()?.embed(sequences, &mut observe)?;
+        Ok(Reply::Embedded { batch, embeddings })
+    }
+
+    fn sampler(&mut self) -> Result<&mut Sampler> {
+        if self.sampler.is_none() {
+            self.sampler = Some(Sampler::new(self.trainer()?.policy())?);
+        }
+        self.sampler.as_mut().context("no sampler")
     }
 
     fn score(&mut self, batch: u64, micro_batches: &[MicroBatch]) -> Result<Reply> {

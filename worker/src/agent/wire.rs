@@ -70,6 +70,10 @@ pub(super) fn command(body: Down) -> Result<Command, String> {
         Down::Score(m) => {
             Command::Score { batch: m.batch, micro_batches: micro_batches(m.micro_batches) }
         }
+        Down::Embed(m) => Command::Embed {
+            batch: m.batch,
+            sequences: m.sequences.into_iter().map(|sequence| sequence.tokens).collect(),
+        },
         Down::BeginTraining(m) => {
             let objective = m.objective.ok_or("begin_training without an objective")?;
             let optimizer = m.optimizer.ok_or("begin_training without an optimizer")?;
@@ -201,6 +205,10 @@ pub(super) fn message(reply: Reply) -> Up {
                 .map(|p| pb::PairLogps { pair: p.pair, chosen: p.chosen, rejected: p.rejected })
                 .collect(),
         }),
+        Reply::Embedded { batch, embeddings } => Up::EmbedResult(pb::EmbedResult {
+            batch,
+            embeddings: embeddings.into_iter().map(|values| pb::Embedding { values }).collect(),
+        }),
         Reply::Stepped { step, report, seconds } => Up::StepResult(pb::StepResult {
             step,
             grad_norm: report.grad_norm,
@@ -242,4 +250,29 @@ fn files(files: Vec<SavedFile>) -> Vec<pb::File> {
         .into_iter()
         .map(|f| pb::File { name: f.name, bytes: f.bytes, sha256: f.sha256.to_vec() })
         .collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sequences_come_in_and_embeddings_go_out_in_order() {
+        let sequence = |tokens: &[u32]| pb::Sequence { tokens: tokens.to_vec() };
+        let sequences = vec![sequence(&[1, 2]), sequence(&[3])];
+        let Command::Embed { batch, sequences } =
+            command(Down::Embed(pb::EmbedBatch { batch: 7, sequences })).unwrap()
+        else {
+            panic!("another command");
+        };
+        assert_eq!((batch, sequences), (7, vec![vec![1, 2], vec![3]]));
+        let embeddings = vec![vec![0.6, 0.8], vec![1.0, 0.0]];
+        let Up::EmbedResult(result) = message(Reply::Embedded { batch, embeddings }) else {
+            panic!("another message");
+        };
+        let embedding = |values: &[f32]| pb::Embedding { values: values.to_vec() };
+        let expected = vec![embedding(&[0.6, 0.8]), embedding(&[1.0, 0.0])];
+        assert_eq!(result, pb::EmbedResult { batch: 7, embeddings: expected });
+    }
 }

@@ -150,6 +150,16 @@ impl Attention<'_> {
     }
 }
 
+/// Attention among tokens that follow one another, with nothing before them: `q` `[tokens,
+/// heads, head_dim]`, `k` and `v` `[tokens, kv_heads, head_dim]` → as `q`.
+pub(super) fn causal(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, TchError> {
+    let heads = Heads { all: q.size()[1], kv: k.size()[1] };
+    let head_major = |x: &Tensor| x.f_transpose(0, 1)?.f_unsqueeze(0);
+    let [keys, values] = [heads.repeated(&head_major(k)?)?, heads.repeated(&head_major(v)?)?];
+    let part = attend(&head_major(q)?, &keys, &values, Sight::Causal)?;
+    part.output.f_squeeze_dim(0)?.f_transpose(0, 1)
+}
+
 /// How many heads there are.
 #[derive(Debug, Clone, Copy)]
 struct Heads {

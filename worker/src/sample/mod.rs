@@ -22,6 +22,7 @@
 mod attend;
 mod cache;
 mod draft;
+mod embed;
 mod kernel;
 mod pick;
 mod prefix;
@@ -32,6 +33,7 @@ mod uniforms;
 
 use tch::TchError;
 
+pub use pick::{Context, Survivor, survivors};
 pub use sampler::{Sampled, Sampler, sample_shard};
 pub use uniforms::Uniforms;
 
@@ -164,17 +166,17 @@ pub struct Work {
     pub guessed_right: u64,
 }
 
-/// Why a shard gave no samples.
+/// Why there are no samples, or no embeddings.
 #[derive(Debug, thiserror::Error)]
 pub enum SampleError {
     /// The observer asked to stop.
-    #[error("stopped before all replies were sampled")]
+    #[error("stopped before all was computed")]
     Stopped,
-    /// The shard asks for what cannot be computed.
+    /// Something was asked for that cannot be computed.
     #[error("{0}")]
     Invalid(String),
-    /// The model gave logits that are no numbers.
-    #[error("logits are not finite: the weights are damaged, or training diverged")]
+    /// The model gave what is no number.
+    #[error("what it computes is not finite: the weights are damaged, or training diverged")]
     NotFinite,
     /// libtorch refused: out of memory, as a rule.
     #[error(transparent)]

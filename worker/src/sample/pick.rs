@@ -2,8 +2,12 @@
 //!
 //! In this order, as in transformers.
 
+mod cut;
+
 use tch::{Device, Kind, TchError, Tensor};
 
+pub use self::cut::Survivor;
+use self::cut::{Candidate, Cut};
 use super::{SampleError, SamplingParams};
 
 /// Candidates that a GPU looks for first. Sorting a whole vocabulary costs more than the
@@ -108,6 +112,40 @@ fn greedy(
     packed.chunks_exact(3).map(drawn).collect()
 }
 
+/// What a token is drawn behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Context<'a> {
+    /// The prompt's ids.
+    pub prompt: &'a [u32],
+    /// The reply's so far.
+    pub reply: &'a [u32],
+}
+
+/// The tokens that may be drawn by each row of `logits` (`[rows, vocab]`, any float kind),
+/// from the most probable down: what the cuts of `params` leave, at a temperature above 0.
+///
+/// These are the very sets that sampling draws from. A row's `Context` tells what it is
+/// drawn behind.
+///
+/// # Errors
+/// [`SampleError::NotFinite`] for logits that are no numbers; libtorch's.
+pub fn survivors(
+    logits: &Tensor,
+    params: &SamplingParams,
+    contexts: &[Context<'_>],
+) -> Result<Vec<Vec<Survivor>>, SampleError> {
+    let draws = contexts.iter().map(|&Context { prompt, reply }| Draw {
+        uniform: 0.0,
+        position: reply.len(),
+        seen: [prompt, reply, &[]],
+    });
+    let draws: Vec<Draw<'_>> = draws.collect();
+    let raw = logits.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
+    let scores = edit(&raw, params, &draws)?.unwrap_or(raw).f_div_scalar(params.temperature)?;
+    let normaliser = scores.f_logsumexp([-1], true)?;
+    settle(&scores, &normaliser, params, &draws, Cut::survivors)
+}
+
 /// Looks at all scores where they are.
 fn on_cpu(
     scores: &Tensor,
@@ -117,25 +155,38 @@ fn on_cpu(
     params: &SamplingParams,
     draws: &[Draw<'_>],
 ) -> Result<Vec<Drawn>, SampleError> {
+    let ids = settle(scores, normaliser, params, draws, Cut::draw)?;
+    let index: Vec<i64> = ids.iter().copied().map(i64::from).collect();
+    let logits = raw.f_gather(-1, &Tensor::f_from_slice(&index)?.f_unsqueeze(1)?, false)?;
+    let logps = download(&[&logits.f_sub(raw_normaliser)?])?;
+    Ok(ids.into_iter().zip(logps).map(|(id, logp)| Drawn { id, logp }).collect())
+}
+
+/// What `by` makes of each row: of the candidates near its best score where these settle
+/// it, else of all.
+fn settle<'a, T: Default>(
+    scores: &Tensor,
+    normaliser: &Tensor,
+    params: &'a SamplingParams,
+    draws: &[Draw<'_>],
+    by: impl Fn(&Cut<'a>, Vec<Candidate>, bool) -> Option<T>,
+) -> Result<Vec<T>, SampleError> {
     let vocab = scores.size2()?.1 as usize;
     let heads = download(&[&scores.f_amax([-1], true)?, normaliser])?;
     let scores: Vec<f32> = Vec::try_from(scores.f_reshape([-1])?)?;
     let rows = scores.chunks_exact(vocab).zip(heads.chunks_exact(2)).zip(draws);
-    let choice = |((scores, head), draw): ((&[f32], &[f32]), &Draw<'_>)| {
+    let settled = |((scores, head), draw): ((&[f32], &[f32]), &Draw<'_>)| {
         let (best, log_normaliser) = (head[0], f64::from(finite(head[1])?));
         let cut = Cut { params, log_normaliser, uniform: draw.uniform };
         let above = |floor: f32| -> Vec<Candidate> {
             let all = (0..).zip(scores).map(|(id, &score)| Candidate { score, id });
             all.filter(|candidate| candidate.score > floor).collect()
         };
-        let found = DEPTHS.iter().find_map(|depth| cut.draw(above(best - depth), false));
-        Ok(found.unwrap_or_else(|| cut.draw_of_all(above(f32::NEG_INFINITY))))
+        let near = DEPTHS.iter().find_map(|depth| by(&cut, above(best - depth), false));
+        let found = near.or_else(|| by(&cut, above(f32::NEG_INFINITY), true));
+        Ok(found.unwrap_or_default())
     };
-    let ids = rows.map(choice).collect::<Result<Vec<u32>, SampleError>>()?;
-    let index: Vec<i64> = ids.iter().copied().map(i64::from).collect();
-    let logits = raw.f_gather(-1, &Tensor::f_from_slice(&index)?.f_unsqueeze(1)?, false)?;
-    let logps = download(&[&logits.f_sub(raw_normaliser)?])?;
-    Ok(ids.into_iter().zip(logps).map(|(id, logp)| Drawn { id, logp }).collect())
+    rows.map(settled).collect()
 }
 
 /// Brings the highest scores of each row to the host.
@@ -172,7 +223,7 @@ fn on_gpu(
             None => {
                 let all: Vec<f32> = Vec::try_from(scores.f_select(0, row)?)?;
                 let all = (0..).zip(&all).map(|(id, &score)| Candidate { score, id }).collect();
-                let id = cut.draw_of_all(all);
+                let id = cut.draw(all, true).unwrap_or_default();
                 let logit = raw.f_double_value(&[row, i64::from(id)])?;
                 Drawn { id, logp: (logit - raw_normaliser.f_double_value(&[row, 0])?) as f32 }
             }
@@ -189,93 +240,6 @@ fn download(columns: &[&Tensor]) -> Result<Vec<f32>, TchError> {
 
 fn finite(score: f32) -> Result<f32, SampleError> {
     if score.is_finite() { Ok(score) } else { Err(SampleError::NotFinite) }
-}
-
-/// A token that may be drawn.
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct Candidate {
-    /// Logit over temperature, fp32.
-    score: f32,
-    id: u32,
-}
-
-/// How one row is cut down and drawn from.
-struct Cut<'a> {
-    params: &'a SamplingParams,
-    /// ln Σ exp(score) over the whole vocabulary.
-    log_normaliser: f64,
-    uniform: f64,
-}
-
-impl Cut<'_> {
-    fn draw_of_all(&self, candidates: Vec<Candidate>) -> u32 {
-        self.draw(candidates, true).unwrap_or_default()
-    }
-
-    /// Draws from what top-k, top-p and min-p leave, by inverse CDF from the most
-    /// probable token down. Equal scores stand in order of their ids.
-    ///
-    /// `candidates` are all tokens whose score is above some bound. `None` if they do
-    /// not settle it; never if they are `complete`.
-    fn draw(&self, mut candidates: Vec<Candidate>, complete: bool) -> Option<u32> {
-        candidates.sort_unstable_by(|a, b| b.score.total_cmp(&a.score).then(a.id.cmp(&b.id)));
-        let (kept, total) = self.keep(&candidates, complete)?;
-        let target = self.uniform * total;
-        let mut below = 0.0;
-        for candidate in kept {
-            below += self.mass(candidate);
-            if target < below {
-                return Some(candidate.id);
-            }
-        }
-        // Rounding can leave the sum of all a hair under the target. Where nothing was cut
-        // away, the rest of the mass may also be with those that are no candidates.
-        let cut = kept.len() < candidates.len();
-        kept.last().filter(|_| cut || complete).map(|candidate| candidate.id)
-    }
-
-    /// Those that are left, and their mass.
-    fn keep<'a>(&self, sorted: &'a [Candidate], complete: bool) -> Option<(&'a [Candidate], f64)> {
-        let SamplingParams { top_k, top_p, min_p, .. } = *self.params;
-        let mut kept = sorted;
-        let mut total = 1.0;
-        if top_k > 0 {
-            match sorted.get(top_k as usize - 1) {
-                // Those that tie with the last one stay, as in transformers.
-                Some(last) => kept = &sorted[..sorted.partition_point(|c| c.score >= last.score)],
-                None if complete => {}
-                None => return None,
-            }
-            total = kept.iter().map(|candidate| self.mass(candidate)).sum();
-        }
-        if top_p < 1.0 {
-            let (mut sum, bound) = (0.0, top_p * total);
-            let reached = kept.iter().position(|candidate| {
-                sum += self.mass(candidate);
-                sum >= bound
-            });
-            match reached {
-                Some(last) => kept = &kept[..=last],
-                None if complete || top_k > 0 => {}
-                None => return None,
-            }
-            total = sum;
-        }
-        if min_p > 0.0 {
-            let bound = sorted.first()?.score + min_p.ln() as f32;
-            let all_kept = kept.len();
-            kept = &kept[..kept.partition_point(|candidate| candidate.score >= bound)];
-            if kept.len() == all_kept && all_kept == sorted.len() && !complete {
-                return None;
-            }
-            total = kept.iter().map(|candidate| self.mass(candidate)).sum();
-        }
-        Some((kept, total))
-    }
-
-    fn mass(&self, candidate: &Candidate) -> f64 {
-        (f64::from(candidate.score) - self.log_normaliser).exp()
-    }
 }
 
 #[cfg(test)]

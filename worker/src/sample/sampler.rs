@@ -1,5 +1,6 @@
 //! The sampling loop: admit, compute, draw, until every prompt has its reply.
 
+use std::fmt::Display;
 use std::ops::ControlFlow;
 
 use tch::{Device, TchError, Tensor};
@@ -15,7 +16,7 @@ use crate::model::ops::multiply;
 /// Samples shards with the weights of one model; its cache lasts from shard to shard.
 #[derive(Debug)]
 pub struct Sampler {
-    model: Decoder,
+    pub(super) model: Decoder,
     cache: KvCache,
 }
 
@@ -148,19 +149,29 @@ fn check(model: &Decoder, shard: &Shard) -> Result<(), SampleError> {
     if max_new_tokens == 0 {
         return invalid("max_new_tokens is 0, expected at least 1".to_owned());
     }
-    let vocab = model.config.vocab_size;
     for Prompt { prompt, tokens, .. } in &shard.prompts {
-        if tokens.is_empty() {
-            return invalid(format!("prompt {prompt} has no tokens"));
-        }
-        if let Some(id) = tokens.iter().find(|id| i64::from(**id) >= vocab) {
-            return invalid(format!(
-                "prompt {prompt} holds token {id}, but the model's vocabulary has {vocab}: \
-                 tokenizer and model do not belong together"
-            ));
-        }
+        check_tokens(model, &format_args!("prompt {prompt}"), tokens)?;
     }
     Ok(())
+}
+
+/// Checks that `tokens`, which are of `what`, can be computed.
+pub(super) fn check_tokens(
+    model: &Decoder,
+    what: &dyn Display,
+    tokens: &[u32],
+) -> Result<(), SampleError> {
+    let vocab = model.config.vocab_size;
+    if tokens.is_empty() {
+        return Err(SampleError::Invalid(format!("{what} has no tokens")));
+    }
+    match tokens.iter().find(|id| i64::from(**id) >= vocab) {
+        None => Ok(()),
+        Some(id) => Err(SampleError::Invalid(format!(
+            "{what} holds token {id}, but the model's vocabulary has {vocab}: tokenizer and model \
+             do not belong together"
+        ))),
+    }
 }
 
 /// Samples one shard with a sampler of its own.

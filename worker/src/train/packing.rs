@@ -111,8 +111,10 @@ impl Packed {
             let last_of_prompt = span.start + span.prompt - 1;
             let rejected_start = last_of_prompt + 1 + span.chosen;
             predictors.extend(last_of_prompt..last_of_prompt + span.chosen);
-            predictors.push(last_of_prompt);
-            predictors.extend(rejected_start..rejected_start + span.rejected - 1);
+            if span.rejected > 0 {
+                predictors.push(last_of_prompt);
+                predictors.extend(rejected_start..rejected_start + span.rejected - 1);
+            }
             targets.extend(pair.chosen.iter().chain(&pair.rejected).copied().map(i64::from));
             rejected_masks.push(rejected_mask(&span, product_kind(kind, device), device)?);
             spans.push(span);
@@ -148,21 +150,34 @@ fn rejected_mask(span: &Span, kind: Kind, device: Device) -> Result<Tensor, TchE
     Tensor::f_full(shape, f64::NEG_INFINITY, (kind, device))?.f_triu(span.prompt + 1)
 }
 
+/// What pairs are computed for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// Log-probabilities alone: without y⁻ they are those of one reply.
+    Scoring,
+    /// Gradients, which need both replies.
+    Training,
+}
+
 /// Checks what the engine takes for granted: replies and prompts that are not
 /// empty, and ids within the vocabulary.
-pub(super) fn check(batches: &[MicroBatch], vocabulary: i64) -> Result<(), TrainError> {
+pub(super) fn check(
+    batches: &[MicroBatch],
+    vocabulary: i64,
+    purpose: Purpose,
+) -> Result<(), TrainError> {
     for (index, batch) in batches.iter().enumerate() {
         if batch.pairs.is_empty() {
             return Err(TrainError::EmptyMicroBatch { index });
         }
         for pair in &batch.pairs {
-            check_pair(pair, vocabulary)?;
+            check_pair(pair, vocabulary, purpose)?;
         }
     }
     Ok(())
 }
 
-fn check_pair(pair: &TokenPair, vocabulary: i64) -> Result<(), TrainError> {
+fn check_pair(pair: &TokenPair, vocabulary: i64, purpose: Purpose) -> Result<(), TrainError> {
     let empty = |reason| Err(TrainError::Pair { pair: pair.pair, reason });
     if pair.prompt.is_empty() {
         return empty("the prompt is empty, so nothing predicts the replies' first tokens");
@@ -170,7 +185,7 @@ fn check_pair(pair: &TokenPair, vocabulary: i64) -> Result<(), TrainError> {
     if pair.chosen.is_empty() {
         return empty("the chosen reply is empty; leave the pair out");
     }
-    if pair.rejected.is_empty() {
+    if pair.rejected.is_empty() && purpose == Purpose::Training {
         return empty("the rejected reply is empty; leave the pair out");
     }
     let mut ids = pair.prompt.iter().chain(&pair.chosen).chain(&pair.rejected);
@@ -224,13 +239,15 @@ mod tests {
     #[test]
     fn what_cannot_be_computed_is_refused_by_name() {
         let batch = |pair| [MicroBatch { pairs: vec![pair] }];
-        let reason = |pair| check(&batch(pair), 40).unwrap_err().to_string();
+        let (scoring, training) = (Purpose::Scoring, Purpose::Training);
+        let reason = |pair| check(&batch(pair), 40, training).unwrap_err().to_string();
         assert!(reason(pair(&[], &[1], &[1])).starts_with("pair 3: the prompt is empty"));
         assert!(reason(pair(&[1], &[], &[1])).starts_with("pair 3: the chosen reply is empty"));
         assert!(reason(pair(&[1], &[1], &[])).starts_with("pair 3: the rejected reply is empty"));
         assert!(reason(pair(&[1], &[40], &[1])).contains("token id 40 is outside"));
-        check(&batch(pair(&[1], &[39], &[1])), 40).unwrap();
-        let none = check(&[MicroBatch::default()], 40).unwrap_err();
+        check(&batch(pair(&[1], &[39], &[1])), 40, training).unwrap();
+        check(&batch(pair(&[1], &[39], &[])), 40, scoring).unwrap();
+        let none = check(&[MicroBatch::default()], 40, scoring).unwrap_err();
         assert!(matches!(none, TrainError::EmptyMicroBatch { index: 0 }));
     }
 }

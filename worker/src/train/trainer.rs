@@ -8,7 +8,7 @@ use super::memory::{MemoryReport, bytes};
 use super::objective::Share;
 use super::optimizer::Optimizer;
 use super::outcomes::{evaluate, pair_logps};
-use super::packing::{Packed, check};
+use super::packing::{Packed, Purpose, check};
 use super::parameters::Buckets;
 use super::pass::{Pass, Sink};
 use super::sharding::Partition;
@@ -124,7 +124,8 @@ impl Trainer {
         self.tracer.take()
     }
 
-    /// Log-probabilities of both replies of each pair, in the order given.
+    /// Log-probabilities of both replies of each pair, in the order given. A pair whose
+    /// `rejected` is empty is one reply, and what there is none of has the sum 0.
     ///
     /// The computation is training's own forward: in the same micro-batches as
     /// [`Self::step`], the same weights give the same bits.
@@ -136,7 +137,7 @@ impl Trainer {
         batches: &[MicroBatch],
         stop: &dyn Fn() -> bool,
     ) -> Result<Vec<PairLogps>, TrainError> {
-        check(batches, self.policy.config.vocab_size)?;
+        check(batches, self.policy.config.vocab_size, Purpose::Scoring)?;
         let mut logps = Vec::new();
         for batch in batches {
             let packed = pack(&self.policy, batch)?;
@@ -325,5 +326,5 @@ fn check_share(step: &TrainStep, vocabulary: i64) -> Result<(), TrainError> {
     if global_pairs == 0 || pairs > global_pairs as usize {
         return Err(TrainError::GlobalPairs { step: number, pairs, global_pairs });
     }
-    check(micro_batches, vocabulary)
+    check(micro_batches, vocabulary, Purpose::Training)
 }

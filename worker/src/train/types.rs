@@ -9,7 +9,7 @@ pub struct TokenPair {
     pub prompt: Vec<u32>,
     /// y⁺; at least one token.
     pub chosen: Vec<u32>,
-    /// y⁻; at least one token.
+    /// y⁻; at least one token, but for scoring, which without it is that of y⁺ alone.
     pub rejected: Vec<u32>,
     /// Log-probabilities under π_ref; needed for training, ignored by scoring.
     pub reference: Option<ReferenceLogps>,

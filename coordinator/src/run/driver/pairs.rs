@@ -16,7 +16,8 @@ impl Prepared {
         let built = if k.0 == 0 {
             text::seed_pairs(&self.text, &self.seeds, self.lengths, &self.held_out)?
         } else {
-            text::drift_pairs(&self.text, &self.dsat, samples, self.lengths, &self.held_out)?
+            let samples = text::cut_at_stops(&self.text, samples.to_vec(), &self.stop_strings)?;
+            text::drift_pairs(&self.text, &self.dsat, &samples, self.lengths, &self.held_out)?
         };
         Ok(built)
     }

@@ -28,6 +28,8 @@ pub struct Prepared {
     pub held_out: HeldOutSet,
     /// Bounds on token ids.
     pub lengths: Lengths,
+    /// Any of these ends a reply, and is left out of it.
+    pub stop_strings: Vec<String>,
     /// What became of each file's records.
     pub counts: Vec<Counts>,
 }
@@ -144,7 +146,8 @@ pub fn prepare(
         max_length: settings.text.max_length,
         max_prompt: settings.text.max_prompt_tokens,
     };
-    Ok(Prepared { text, dsat, seeds, prompts, held_out, lengths, counts })
+    let stop_strings = settings.sampling.stop_strings.clone();
+    Ok(Prepared { text, dsat, seeds, prompts, held_out, lengths, stop_strings, counts })
 }
 
 /// Reads one file, or the corpus built into the program.

@@ -198,6 +198,26 @@ fn a_pairs_scores_do_not_depend_on_its_neighbours_or_its_sides() {
 }
 
 #[test]
+fn a_single_reply_can_be_scored_and_not_trained() {
+    let dir = model();
+    let mut trainer = trainer(dir.path(), Kind::Float);
+    let pairs = trainer.score(&[batch(0..6)], &never).unwrap();
+    let mut single = batch(0..6);
+    for pair in single.pairs.iter_mut().step_by(2) {
+        pair.rejected.clear();
+    }
+    let scored = trainer.score(std::slice::from_ref(&single), &never).unwrap();
+    for (number, (found, pair)) in scored.iter().zip(&pairs).enumerate() {
+        assert!((found.chosen - pair.chosen).abs() < 1e-5, "{found:?} {pair:?}");
+        let rejected = if number % 2 == 0 { 0.0 } else { pair.rejected };
+        assert!((found.rejected - rejected).abs() < 1e-5, "{found:?} {pair:?}");
+    }
+    trainer.begin(SETTINGS, None).unwrap();
+    let refused = trainer.step(&step(0, 6, vec![single]), None, &never).unwrap_err();
+    assert!(refused.to_string().contains("the rejected reply is empty"), "{refused}");
+}
+
+#[test]
 fn micro_batches_add_up() {
     let dir = model();
     let run = |batches: Vec<MicroBatch>| -> (StepReport, Trainer) {
