@@ -9,6 +9,7 @@ mod support;
 mod corpus;
 mod demo;
 mod determinism;
+mod door;
 mod model_parity;
 mod run;
 mod text_parity;

@@ -3,6 +3,9 @@
 use subtle::ConstantTimeEq;
 use tonic::{Request, Status, service::Interceptor};
 
+use super::connection::Caller;
+use super::refusal::Refusal;
+
 /// A secret made for one run of the coordinator. Never logged, never an argument.
 #[derive(Clone)]
 pub struct JoinToken(String);
@@ -40,7 +43,13 @@ impl Interceptor for JoinToken {
     /// Refuses before a message is read, and says nothing but that.
     fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
         let header = request.metadata().get("authorization").map(|value| value.as_bytes());
-        if self.admits(header) { Ok(request) } else { Err(Status::unauthenticated("refused")) }
+        if self.admits(header) {
+            return Ok(request);
+        }
+        if let Some(caller) = request.extensions().get::<Caller>() {
+            caller.refuse(if header.is_some() { Refusal::WrongToken } else { Refusal::NoToken });
+        }
+        Err(Status::unauthenticated("refused"))
     }
 }
 

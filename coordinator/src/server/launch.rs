@@ -1,17 +1,15 @@
 //! Starts local worker processes, watches them, and leaves none behind.
 
 use std::fs::File;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use drift_proto::JOIN_TOKEN_ENV;
 use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use super::door::JoinToken;
+use super::opening::WayIn;
 use crate::config::{DeviceChoice, LaunchSettings};
 use crate::run::command::Rank;
 
@@ -104,8 +102,7 @@ impl Launcher {
         rank: Rank,
         settings: &LaunchSettings,
         threads: usize,
-        address: SocketAddr,
-        token: &JoinToken,
+        way: &WayIn,
         log: &Path,
         exits: mpsc::UnboundedSender<WorkerExit>,
     ) -> Result<(), LaunchError> {
@@ -117,13 +114,15 @@ impl Launcher {
             DeviceChoice::Cpu => "cpu".to_owned(),
             DeviceChoice::Cuda => format!("cuda:{rank}"),
         };
+        let ((variable, secret), other) = way.environment();
         let mut command = Command::new(program);
         command
             .arg("--coordinator")
-            .arg(format!("http://{address}"))
+            .arg(way.url())
             .args(["--slot", &rank.to_string(), "--device", &device])
             .args(["--threads", &threads.to_string()])
-            .env(JOIN_TOKEN_ENV, token.reveal())
+            .env(variable, secret)
+            .env_remove(other)
             .stdin(Stdio::null())
             .stdout(out)
             .stderr(err)

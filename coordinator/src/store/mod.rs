@@ -10,6 +10,7 @@
 //!     metrics.jsonl               a view of the journal's steps
 //!     checkpoint/                 Hugging Face format, and manifest.json
 //!   snapshots/01-epoch-0/ …       training state inside an iteration
+//!   join/                         what lets workers in, while a coordinator runs
 //!   logs/                         coordinator.log, worker-0.log, …
 //!   summary.json
 //! ```
@@ -22,6 +23,7 @@
 //! | [`journal`] | the one SQLite database: what has happened, in order |
 //! | [`pairs`] | `pairs.parquet` |
 //! | [`metrics`] | `metrics.jsonl` |
+//! | [`secrets`] | `join/`: readable by its owner alone |
 //! | [`error`] | what went wrong, with which file, and what to do about it |
 //!
 //! Absent from here: clocks, chance, the network, and any decision about what
@@ -34,6 +36,7 @@ pub mod metrics;
 pub mod pairs;
 pub mod publish;
 pub mod run_dir;
+pub mod secrets;
 
 pub use error::StoreError;
 pub use journal::{Commit, CommittedPhase, Journal, RunMeta, StepRecord};

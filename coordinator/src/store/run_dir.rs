@@ -15,6 +15,7 @@ const ITERATIONS: &str = "iterations";
 const SNAPSHOTS: &str = "snapshots";
 const LOGS: &str = "logs";
 const SUMMARY: &str = "summary.json";
+const JOIN: &str = "join";
 
 /// A run's directory, held exclusively until this value is dropped or the
 /// process dies: the operating system then releases the lock. Processes that
@@ -206,6 +207,11 @@ impl RunDir {
             }
         }
         Ok(())
+    }
+
+    /// `join/`: what lets workers in.
+    pub fn join(&self) -> PathBuf {
+        self.root.join(JOIN)
     }
 
     /// `logs/`.

@@ -28,10 +28,10 @@ use self::view::View;
 use super::command::{Command, ModelSource, PairRef, Rank, Report};
 use super::machine::{Effect, Event, Machine, Outcome, PairSets, Position, RunShape};
 use super::plan::{CostModel, Shard, plan_shards};
-use crate::config::Settings;
+use crate::config::{Settings, StartWorkers};
 use crate::domain::{Iteration, PairId, PairRow, ShardId, TokenPair};
 use crate::server::{
-    AttachPlan, JoinToken, Launcher, Link, Server, WorkerEvent, WorkerExit, find_worker,
+    AttachPlan, Launcher, Link, Opening, Server, WorkerEvent, WorkerExit, find_worker,
     threads_per_worker,
 };
 use crate::store::metrics::MetricsLog;
@@ -107,30 +107,24 @@ pub async fn drive(session: Session, mut stop: mpsc::Receiver<()>) -> Result<(Se
         driver.finish()?;
         return Ok((driver.session, Outcome::Finished));
     }
-    let program = find_worker(&settings.launch)?;
-    let token = JoinToken::generate().context("make a join token")?;
-    let listen = settings.launch.listen.parse().context("parse launch.listen")?;
-    let server = Server::start(listen, token.clone(), worker_events)
-        .await
-        .with_context(|| format!("listen on {listen}"))?;
-    let mut launcher = Launcher::default();
+    let starts_workers = settings.launch.start == StartWorkers::Local;
+    let program = starts_workers.then(|| find_worker(&settings.launch)).transpose()?;
+    let opening = Opening::make(&settings.launch, &driver.session.run.join()).await?;
+    let address = opening.address;
     let workers = driver.session.workers;
+    let server = Server::start(opening, workers, worker_events);
+    let mut launcher = Launcher::default();
     let threads = threads_per_worker(&settings.launch, workers);
     driver.record_start(threads)?;
-    info!(address = %server.address, workers, threads, "start workers");
-    for rank in (0..workers).map(Rank) {
-        let log = driver.session.run.worker_log(rank.0);
-        let exits = exits.clone();
-        launcher.start(
-            &program,
-            rank,
-            &settings.launch,
-            threads,
-            server.address,
-            &token,
-            &log,
-            exits,
-        )?;
+    if let Some(program) = program {
+        info!(%address, workers, threads, "start workers");
+        for rank in (0..workers).map(Rank) {
+            let log = driver.session.run.worker_log(rank.0);
+            let (launch, exits) = (&settings.launch, exits.clone());
+            launcher.start(&program, rank, launch, threads, &server.way, &log, exits)?;
+        }
+    } else if let Some(folder) = server.way.folder() {
+        info!(%address, workers, "wait for workers; each needs `worker --join {} --slot N`", folder.display());
     }
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -311,7 +305,9 @@ impl Driver {
     }
 
     fn log_hint(&self, rank: Rank) -> String {
-        format!("; its log is {}", self.session.run.worker_log(rank.0).display())
+        let log = self.session.run.worker_log(rank.0);
+        // A worker that somebody else started has its log somewhere else.
+        if log.exists() { format!("; its log is {}", log.display()) } else { String::new() }
     }
 
     fn link(&self, rank: Rank) -> Result<&Link> {
