@@ -128,7 +128,8 @@ fn strangers_get_nothing(coordinator: &Program, now: &Path, old: &Path, folder: 
     };
     // Bytes that are no TLS get an alert of TLS at most; others get nothing.
     let is_alert = |got: &[u8]| got.len() <= 7 && (got.is_empty() || got[0] == 0x15);
-    let got = call(Caller::Plain, Greeting::Raw(b"\xde\xad\xbe\xef".repeat(64)), "it does not speak TLS");
+    let got =
+        call(Caller::Plain, Greeting::Raw(b"\xde\xad\xbe\xef".repeat(64)), "it does not speak TLS");
     assert!(is_alert(&got.bytes), "{got:?}");
     let http1 = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n".to_vec();
     let got = call(Caller::Plain, Greeting::Raw(http1.clone()), "it does not speak TLS");
@@ -213,7 +214,10 @@ fn a_flood_of_strangers_costs_the_run_little() {
         let seconds = began.elapsed().as_secs_f64();
         let rate = (steps() - first) as f64 / seconds;
         let cpu = (coordinator.cpu_seconds() - cpu) / seconds;
-        eprintln!("{what}: {rate:.3} steps/s, coordinator {:.2} % of a core, {came} strangers", 100.0 * cpu);
+        eprintln!(
+            "{what}: {rate:.3} steps/s, coordinator {:.2} % of a core, {came} strangers",
+            100.0 * cpu
+        );
         rate
     };
     let rates = [0, 100, 0, 100, 0].map(|n| measure(if n == 0 { "alone" } else { "flood" }, n));
@@ -350,7 +354,8 @@ fn nowhere_in_arguments(secrets: &[&str]) {
 fn nowhere_in_files(secrets: &[&str], paths: &[&Path]) {
     for path in paths {
         if path.is_dir() {
-            let entries: Vec<_> = std::fs::read_dir(path).unwrap().map(|e| e.unwrap().path()).collect();
+            let entries: Vec<_> =
+                std::fs::read_dir(path).unwrap().map(|e| e.unwrap().path()).collect();
             nowhere_in_files(secrets, &entries.iter().map(PathBuf::as_path).collect::<Vec<_>>());
             continue;
         }

@@ -8,7 +8,7 @@ use super::refusal::Refusal;
 
 /// A secret made for one run of the coordinator. Never logged, never an argument.
 #[derive(Clone)]
-pub struct JoinToken(String);
+pub(super) struct JoinToken(String);
 
 impl std::fmt::Debug for JoinToken {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -21,7 +21,7 @@ impl JoinToken {
     ///
     /// # Errors
     /// The system's source of randomness cannot be read.
-    pub fn generate() -> std::io::Result<Self> {
+    pub(super) fn generate() -> std::io::Result<Self> {
         use std::io::Read;
         let mut bytes = [0u8; 32];
         std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
@@ -29,7 +29,7 @@ impl JoinToken {
     }
 
     /// The secret itself, for the environment of a worker that is being started.
-    pub fn reveal(&self) -> &str {
+    pub(super) fn reveal(&self) -> &str {
         &self.0
     }
 

@@ -171,7 +171,11 @@ mod tests {
         for _ in 0..5 {
             knock(&mut peers, 1e6, "10.0.0.1").unwrap();
         }
-        assert_eq!(knock(&mut peers, 1e6, "10.0.0.1"), Err(Refusal::TooOften), "no more than a burst");
+        assert_eq!(
+            knock(&mut peers, 1e6, "10.0.0.1"),
+            Err(Refusal::TooOften),
+            "no more than a burst"
+        );
         assert_eq!(knock(&mut peers, 0.0, "10.0.0.1"), Err(Refusal::TooOften), "time stands still");
     }
 

@@ -19,7 +19,9 @@ use crate::store::secrets::SecretFolder;
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// The address cannot be listened on.
-    #[error("listen on {listen}: {cause}; change launch.listen")]
+    #[error(
+        "listen on {listen}: {cause}; launch.listen takes an address of this machine, and a port that is free (0 finds one)"
+    )]
     Listen {
         /// `launch.listen`.
         listen: String,
@@ -144,7 +146,8 @@ impl Names {
             advertise => advertise.to_owned(),
         };
         let inside = inside.to_string();
-        let mut all = vec![outside.clone(), inside.clone(), host.to_owned(), "localhost".to_owned()];
+        let mut all =
+            vec![outside.clone(), inside.clone(), host.to_owned(), "localhost".to_owned()];
         let mut seen = std::collections::BTreeSet::new();
         all.retain(|name| !name.is_empty() && seen.insert(name.clone()));
         Self { outside, inside, all }

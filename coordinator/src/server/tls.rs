@@ -64,8 +64,7 @@ impl Credentials {
             let certificate = params.signed_by(&key, &issuer)?;
             Ok::<_, rcgen::Error>((certificate, key))
         };
-        let (own, own_key) =
-            sign(names, "DRIFT coordinator", ExtendedKeyUsagePurpose::ServerAuth)?;
+        let (own, own_key) = sign(names, "DRIFT coordinator", ExtendedKeyUsagePurpose::ServerAuth)?;
         let (worker, worker_key) = sign(&[], "DRIFT worker", ExtendedKeyUsagePurpose::ClientAuth)?;
         Ok(Self {
             server: Arc::new(server(authority.der(), own.der(), &own_key)?),
@@ -133,7 +132,8 @@ mod tests {
 
     #[test]
     fn what_went_wrong_in_a_handshake_is_told_apart() {
-        let told = |error: Error| refusal(&std::io::Error::new(std::io::ErrorKind::InvalidData, error));
+        let told =
+            |error: Error| refusal(&std::io::Error::new(std::io::ErrorKind::InvalidData, error));
         assert_eq!(told(Error::NoCertificatesPresented), Refusal::NoCertificate);
         let strange = Error::InvalidCertificate(CertificateError::UnknownIssuer);
         assert_eq!(told(strange), Refusal::StrangeCertificate);

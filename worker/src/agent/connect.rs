@@ -2,6 +2,7 @@
 
 use std::hash::{BuildHasher, RandomState};
 use std::io;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -66,8 +67,18 @@ pub enum ConnectError {
         certificate: PathBuf,
     },
     /// One side has TLS, the other none.
-    #[error("{address}: the coordinator has TLS; write https:// and name its join folder with --join")]
+    #[error(
+        "{address}: the coordinator has TLS; write https:// and name its join folder with --join"
+    )]
     NeedsTls {
+        /// Where.
+        address: String,
+    },
+    /// The token would travel in the clear.
+    #[error(
+        "{address} is not loopback, and http:// would show the join token to the network; a coordinator off loopback has https://"
+    )]
+    Plain {
         /// Where.
         address: String,
     },
@@ -175,7 +186,8 @@ async fn open(credentials: &Credentials, hello: &pb::Hello) -> Result<Opened, Fa
     });
     let uri = uri.ok_or_else(|| Failed::Forever(ConnectError::Address(address.clone())))?;
     let token = format!("Bearer {}", credentials.token).parse();
-    let mut token: MetadataValue<Ascii> = token.map_err(|_| Failed::Forever(ConnectError::Token))?;
+    let mut token: MetadataValue<Ascii> =
+        token.map_err(|_| Failed::Forever(ConnectError::Token))?;
     token.set_sensitive(true);
     let connected = tokio::time::timeout(CONNECT_DEADLINE, connect(credentials, &uri)).await;
     let stream = connected.map_err(|_| Failed::ForNow(format!("{address} does not answer")))??;
@@ -207,6 +219,9 @@ async fn connect(credentials: &Credentials, uri: &Uri) -> Result<Hearing, Failed
         TcpStream::connect((host, uri.port_u16().unwrap_or_default())).await.map_err(for_now)?;
     stream.set_nodelay(true).map_err(for_now)?;
     let Some(tls) = tls else {
+        if !stays_here(stream.peer_addr().map_err(for_now)?.ip()) {
+            return Err(Failed::Forever(ConnectError::Plain { address: address.clone() }));
+        }
         return Ok(Hearing::new(Box::new(stream), false));
     };
     let name = ServerName::try_from(host.to_owned())
@@ -221,13 +236,17 @@ async fn connect(credentials: &Credentials, uri: &Uri) -> Result<Hearing, Failed
                 authority: in_folder(credentials, join::AUTHORITY),
             }),
             Some(TlsError::InvalidCertificate(
-                CertificateError::NotValidForName
-                | CertificateError::NotValidForNameContext { .. },
+                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
             )) => Failed::Forever(ConnectError::Name { host: host.to_owned() }),
             Some(TlsError::AlertReceived(_)) => failed_certificate(credentials),
             _ => for_now(error),
         }),
     }
+}
+
+/// Whether what is sent to `ip` never leaves this machine.
+fn stays_here(ip: IpAddr) -> bool {
+    ip.to_canonical().is_loopback()
 }
 
 /// HTTP/2 on a connection that is there. It is never made again: the loss of the
@@ -313,6 +332,20 @@ mod tests {
             let wait = Duration::from_secs(60);
             let error = attach(&at(address), &pb::Hello::default(), wait).await.unwrap_err();
             assert!(matches!(error, ConnectError::Address(_)), "{address}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_token_does_not_leave_the_machine_in_the_clear() {
+        for (ip, stays) in [
+            ("127.0.0.1", true),
+            ("127.1.2.3", true),
+            ("::1", true),
+            ("::ffff:127.0.0.1", true),
+            ("10.1.2.3", false),
+            ("2001:db8::1", false),
+        ] {
+            assert_eq!(stays_here(ip.parse().unwrap()), stays, "{ip}");
         }
     }
 

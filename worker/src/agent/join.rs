@@ -232,11 +232,17 @@ mod tests {
         let mut options =
             JoinOptions { folder: Some(folder.path().to_owned()), ..JoinOptions::default() };
         let read = Credentials::read(&options).unwrap();
-        assert_eq!((read.coordinator.as_str(), read.token.as_str()), ("http://127.0.0.1:7000", "of the folder"));
+        assert_eq!(
+            (read.coordinator.as_str(), read.token.as_str()),
+            ("http://127.0.0.1:7000", "of the folder")
+        );
         assert!(read.tls().unwrap().is_none(), "loopback needs no certificates");
         options.coordinator = Some("http://127.0.0.1:1".to_owned());
         options.token = Some("given".to_owned());
         let read = Credentials::read(&options).unwrap();
-        assert_eq!((read.coordinator.as_str(), read.token.as_str()), ("http://127.0.0.1:1", "given"));
+        assert_eq!(
+            (read.coordinator.as_str(), read.token.as_str()),
+            ("http://127.0.0.1:1", "given")
+        );
     }
 }
