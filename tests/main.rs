@@ -11,6 +11,7 @@ mod damage;
 mod demo;
 mod determinism;
 mod disk;
+mod door;
 mod model_parity;
 mod recovery;
 mod run;

@@ -101,7 +101,7 @@ fn what_cannot_begin_is_refused_by_name() {
 
     refused(&["--model", "/no/such/model"], &run, 1, &["/no/such/model", "no such folder"]);
     refused(&["--set", "training.bta=1"], &run, 2, &["bta", "README"]);
-    refused(&["--set", "launch.listen=0.0.0.0:1"], &run, 2, &["launch.listen", "loopback"]);
+    refused(&["--set", "launch.listen=0.0.0.0"], &run, 2, &["launch.listen", "IP:PORT"]);
 
     let mute = path("mute");
     std::fs::create_dir(&mute).unwrap();

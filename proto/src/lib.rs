@@ -19,6 +19,24 @@ pub const JOIN_TOKEN_ENV: &str = "DRIFT_JOIN_TOKEN";
 /// ends with it.
 pub const LAUNCHER_ENV: &str = "DRIFT_LAUNCHER";
 
+/// Environment variable that names a worker's join folder, as `--join` does.
+pub const JOIN_DIR_ENV: &str = "DRIFT_JOIN_DIR";
+
+/// Files of a join folder: all that a worker needs to be let in. The coordinator
+/// writes them anew at each of its starts.
+pub mod join {
+    /// Where the coordinator listens: `https://HOST:PORT`, or `http://` on loopback.
+    pub const ADDRESS: &str = "address";
+    /// The join token. Secret.
+    pub const TOKEN: &str = "token";
+    /// Certificate of the run's own authority, in PEM. With TLS only, as the next two.
+    pub const AUTHORITY: &str = "ca.pem";
+    /// The workers' certificate, in PEM.
+    pub const CERTIFICATE: &str = "worker.pem";
+    /// Its private key, in PEM. Secret.
+    pub const KEY: &str = "worker.key";
+}
+
 /// Largest message either side accepts, in bytes. The largest in use is a
 /// batch of token ids: about 1 MiB for 32 pairs of 2,048 tokens.
 pub const MAX_MESSAGE_BYTES: usize = 64 << 20;

@@ -1,25 +1,40 @@
 //! The `worker` program: one process per GPU, started by the coordinator or by
 //! whoever schedules machines.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
-use drift_proto::{JOIN_TOKEN_ENV, LAUNCHER_ENV};
-use drift_worker::agent::{AgentOptions, choose_device, run};
+use drift_proto::{JOIN_DIR_ENV, JOIN_TOKEN_ENV, LAUNCHER_ENV};
+use drift_worker::agent::{AgentOptions, JoinOptions, choose_device, run};
 use tracing::{error, info};
 use tracing_subscriber::EnvFilter;
 
 /// Samples, scores and trains for a DRIFT coordinator.
 ///
-/// A coordinator started with `--workers N` starts its workers itself; nobody
-/// needs to run this by hand. The run's join token comes in the environment
-/// variable DRIFT_JOIN_TOKEN, never on the command line.
+/// A coordinator started with `--workers N` starts its workers itself. With
+/// `launch.start = "none"` it waits for workers that somebody else starts:
+///
+///   worker --join RUN_DIR/join --slot 0
+///
+/// A worker may start before its coordinator does. Secrets come in the join folder
+/// or in the environment (DRIFT_JOIN_TOKEN), never on the command line.
 #[derive(Debug, Parser)]
-#[command(version, about)]
+#[command(version, about, verbatim_doc_comment)]
 struct Arguments {
-    /// Where the coordinator listens.
-    #[arg(long, value_name = "http://HOST:PORT")]
-    coordinator: String,
+    /// The run's join folder, or a copy of it.
+    #[arg(long, value_name = "DIR", env = JOIN_DIR_ENV)]
+    join: Option<PathBuf>,
+
+    /// Where the coordinator listens: http://HOST:PORT or https://HOST:PORT. Without
+    /// it: as the join folder says.
+    #[arg(long, value_name = "URL")]
+    coordinator: Option<String>,
+
+    /// Seconds to wait for the coordinator.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(..=604_800))]
+    wait: u64,
 
     /// Number of this worker, from 0; becomes its rank.
     #[arg(long, value_name = "N")]
@@ -56,16 +71,16 @@ fn main() -> ExitCode {
 
 fn serve(arguments: Arguments) -> anyhow::Result<()> {
     end_with_launcher()?;
-    let token = std::env::var(JOIN_TOKEN_ENV).map_err(|_| {
-        anyhow::anyhow!(
-            "{JOIN_TOKEN_ENV} is not set: the coordinator hands it to the workers that it starts"
-        )
-    })?;
     tch::set_num_threads(arguments.threads as i32);
     let options = AgentOptions {
+        rejoins: std::env::var_os(LAUNCHER_ENV).is_none(),
         device: choose_device(&arguments.device, arguments.slot)?,
-        coordinator: arguments.coordinator,
-        token,
+        join: JoinOptions {
+            coordinator: arguments.coordinator,
+            folder: arguments.join,
+            token: std::env::var(JOIN_TOKEN_ENV).ok(),
+        },
+        wait: Duration::from_secs(arguments.wait),
         slot: arguments.slot,
         threads: arguments.threads,
         host: rustix::system::uname().nodename().to_string_lossy().into_owned(),

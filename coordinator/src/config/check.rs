@@ -2,9 +2,11 @@
 //! that depend on each other agreeing.
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
-use super::{Loss, OptimizerChoice, Recompute, Settings};
+use tokio_rustls::rustls::pki_types::ServerName;
+
+use super::{Loss, OptimizerChoice, Recompute, Settings, StartWorkers};
 
 /// One setting that cannot be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -224,26 +226,23 @@ impl Settings {
                 launch.heartbeat_deadline, launch.heartbeat
             ),
         );
-        match launch.listen.parse::<SocketAddr>() {
-            Ok(address) => require(
-                is_loopback(address.ip()),
-                &["launch.listen"],
-                format!(
-                    "{address} is not loopback, and the wire has no TLS yet; listen on 127.0.0.1"
-                ),
-            ),
-            Err(_) => require(
-                false,
-                &["launch.listen"],
-                format!("{:?} is no address; write IP:PORT, port 0 for any", launch.listen),
-            ),
-        }
+        require(
+            launch.listen.parse::<SocketAddr>().is_ok(),
+            &["launch.listen"],
+            format!("{:?} is no address; write IP:PORT, port 0 for any", launch.listen),
+        );
+        require(
+            launch.advertise.is_empty() || ServerName::try_from(launch.advertise.as_str()).is_ok(),
+            &["launch.advertise"],
+            format!("{:?} is no host name and no IP; write it without a port", launch.advertise),
+        );
+        require(
+            launch.worker.is_empty() || launch.start == StartWorkers::Local,
+            &["launch.worker", "launch.start"],
+            "with \"none\" no worker is started; take \"local\", or name no program".into(),
+        );
         if problems.is_empty() { Ok(()) } else { Err(Problems(problems)) }
     }
-}
-
-fn is_loopback(ip: IpAddr) -> bool {
-    ip.to_canonical().is_loopback()
 }
 
 #[cfg(test)]
@@ -266,11 +265,11 @@ mod tests {
     fn errors_across_fields_name_both_and_all_are_told_at_once() {
         let mut settings = sound();
         settings.text.max_prompt_tokens = 4096;
-        settings.launch.listen = "0.0.0.0:7000".into();
+        settings.launch.listen = "0.0.0.0".into();
         let Problems(problems) = settings.check().unwrap_err();
         assert_eq!(problems.len(), 2);
         assert_eq!(problems[0].keys, ["text.max_prompt_tokens", "text.max_length"]);
-        assert!(problems[1].message.contains("not loopback"));
+        assert!(problems[1].message.contains("IP:PORT"));
     }
 
     #[test]
@@ -308,5 +307,12 @@ mod tests {
         };
         assert_eq!(keys(no_budget), [budget]);
         assert_eq!(keys(|s| s.training.signal_threshold = 1.0), [["training.signal_threshold"]]);
+        let unused: fn(&mut Settings) = |s| {
+            s.launch.start = StartWorkers::None;
+            s.launch.worker = "/bin/worker".into();
+        };
+        assert_eq!(keys(unused), [["launch.worker", "launch.start"]]);
+        assert_eq!(keys(|s| s.launch.advertise = "node7:7000".into()), [["launch.advertise"]]);
+        assert!(keys(|s| s.launch.advertise = "node7".into()).is_empty());
     }
 }

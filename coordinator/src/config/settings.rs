@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::types::{
     ByteSize, DType, DeviceChoice, Guidance, HeldOutSetting, LogFormat, Loss, Method, OneOrMany,
-    OptimizerChoice, PoisonShard, Recompute, Reference, Schedule, Sharding,
+    OptimizerChoice, PoisonShard, Recompute, Reference, Schedule, Sharding, StartWorkers, Tls,
 };
 use crate::text::DEFAULT_INSTRUCTION;
 
@@ -217,6 +217,10 @@ settings! {
 settings! {
     /// How workers are started and watched.
     LaunchSettings("launch") {
+        /// Who starts the workers: `local`, the coordinator, on its own machine; `none`,
+        /// somebody else: it waits for `workers` of them, which the run directory's
+        /// `join/` lets in.
+        start: StartWorkers = StartWorkers::Local;
         /// Worker program; empty: `worker` beside the coordinator, then on PATH.
         worker: String = String::new();
         /// `auto`, `cpu` or `cuda`. There is no CUDA build yet: `auto` is the CPU,
@@ -224,9 +228,15 @@ settings! {
         device: DeviceChoice = DeviceChoice::Auto;
         /// Threads of each worker on CPU (0: cores ÷ workers).
         threads: usize = 0;
-        /// Address the coordinator listens on. Loopback only, until the wire has TLS.
+        /// Address the coordinator listens on, as IP:PORT; port 0 is any that is free.
+        /// Off loopback the wire has TLS, with certificates on both sides.
         listen: String = "127.0.0.1:0".to_owned();
-        /// Seconds that workers have to start and attach.
+        /// Name or IP by which workers reach the coordinator; empty: the IP in
+        /// `launch.listen`, or the machine's name where that is `0.0.0.0` or `[::]`.
+        advertise: String = String::new();
+        /// `auto`: TLS on every address but loopback; `always`: there too.
+        tls: Tls = Tls::Auto;
+        /// Seconds that workers have to start and attach, or to join.
         start_timeout: f64 = 120.0;
         /// Seconds between a worker's heartbeats.
         heartbeat: f64 = 1.0;

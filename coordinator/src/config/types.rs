@@ -136,6 +136,26 @@ choice! {
 }
 
 choice! {
+    /// Who starts the workers.
+    StartWorkers {
+        /// The coordinator, on its own machine.
+        Local = "local",
+        /// Somebody else; the coordinator waits for them.
+        None = "none",
+    }
+}
+
+choice! {
+    /// Where the wire has TLS.
+    Tls {
+        /// On every address but loopback.
+        Auto = "auto",
+        /// On loopback too.
+        Always = "always",
+    }
+}
+
+choice! {
     /// Shape of log lines.
     LogFormat {
         /// For people.

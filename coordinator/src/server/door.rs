@@ -3,9 +3,12 @@
 use subtle::ConstantTimeEq;
 use tonic::{Request, Status, service::Interceptor};
 
+use super::connection::Caller;
+use super::refusal::Refusal;
+
 /// A secret made for one run of the coordinator. Never logged, never an argument.
 #[derive(Clone)]
-pub struct JoinToken(String);
+pub(super) struct JoinToken(String);
 
 impl std::fmt::Debug for JoinToken {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -18,7 +21,7 @@ impl JoinToken {
     ///
     /// # Errors
     /// The system's source of randomness cannot be read.
-    pub fn generate() -> std::io::Result<Self> {
+    pub(super) fn generate() -> std::io::Result<Self> {
         use std::io::Read;
         let mut bytes = [0u8; 32];
         std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
@@ -26,7 +29,7 @@ impl JoinToken {
     }
 
     /// The secret itself, for the environment of a worker that is being started.
-    pub fn reveal(&self) -> &str {
+    pub(super) fn reveal(&self) -> &str {
         &self.0
     }
 
@@ -40,7 +43,13 @@ impl Interceptor for JoinToken {
     /// Refuses before a message is read, and says nothing but that.
     fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
         let header = request.metadata().get("authorization").map(|value| value.as_bytes());
-        if self.admits(header) { Ok(request) } else { Err(Status::unauthenticated("refused")) }
+        if self.admits(header) {
+            return Ok(request);
+        }
+        if let Some(caller) = request.extensions().get::<Caller>() {
+            caller.refuse(if header.is_some() { Refusal::WrongToken } else { Refusal::NoToken });
+        }
+        Err(Status::unauthenticated("refused"))
     }
 }
 

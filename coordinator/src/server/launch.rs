@@ -2,17 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::Duration;
 
-use drift_proto::{JOIN_TOKEN_ENV, LAUNCHER_ENV};
+use drift_proto::LAUNCHER_ENV;
 use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use super::door::JoinToken;
+use super::opening::WayIn;
 use crate::config::{DeviceChoice, LaunchSettings};
 use crate::run::command::Rank;
 use crate::store::names;
@@ -101,18 +101,49 @@ pub struct LaunchPlan {
     pub settings: LaunchSettings,
     /// Threads of each.
     pub threads: usize,
-    /// Where the coordinator listens.
-    pub address: SocketAddr,
-    /// What lets them in.
-    pub token: JoinToken,
+    /// Where they find the coordinator, and what lets them in.
+    pub way: Arc<WayIn>,
     /// Folder of their logs.
     pub logs: PathBuf,
+}
+
+impl LaunchPlan {
+    fn command(&self, rank: Rank, log: &Path) -> Result<Command, LaunchError> {
+        let Self { program, settings, threads, way, .. } = self;
+        let open = || File::options().create(true).append(true).open(log);
+        let log_error = |cause| LaunchError::Log { path: log.to_owned(), cause };
+        let (out, err) = (open().map_err(log_error)?, open().map_err(log_error)?);
+        let device = match settings.device {
+            DeviceChoice::Auto => "auto".to_owned(),
+            DeviceChoice::Cpu => "cpu".to_owned(),
+            DeviceChoice::Cuda => format!("cuda:{rank}"),
+        };
+        let ((variable, secret), other) = way.environment();
+        let mut command = Command::new(program);
+        command
+            .arg("--coordinator")
+            .arg(way.url())
+            .args(["--slot", &rank.to_string(), "--device", &device])
+            .args(["--threads", &threads.to_string()])
+            .env(variable, secret)
+            .env_remove(other)
+            .env(LAUNCHER_ENV, std::process::id().to_string())
+            .stdin(Stdio::null())
+            .stdout(out)
+            .stderr(err)
+            // A terminal's Ctrl-C goes to its whole process group; the workers'
+            // end is for the coordinator to arrange.
+            .process_group(0)
+            .kill_on_drop(true);
+        Ok(command)
+    }
 }
 
 /// Running workers of one run. Dropped, it kills them.
 #[derive(Debug)]
 pub struct Launcher {
-    plan: LaunchPlan,
+    /// None where somebody else starts them.
+    plan: Option<LaunchPlan>,
     exits: mpsc::UnboundedSender<WorkerExit>,
     running: BTreeMap<Rank, Running>,
     processes: u64,
@@ -130,7 +161,7 @@ struct Running {
 
 impl Launcher {
     /// Starts nothing yet; ends of processes go to `exits`.
-    pub fn new(plan: LaunchPlan, exits: mpsc::UnboundedSender<WorkerExit>) -> Self {
+    pub fn new(plan: Option<LaunchPlan>, exits: mpsc::UnboundedSender<WorkerExit>) -> Self {
         Self { plan, exits, running: BTreeMap::new(), processes: 0 }
     }
 
@@ -155,18 +186,19 @@ impl Launcher {
     /// # Errors
     /// Its log cannot be opened, or the program not be started.
     pub fn start(&mut self, rank: Rank) -> Result<(), LaunchError> {
+        let Some(plan) = &self.plan else { return Ok(()) };
+        let log = plan.logs.join(names::worker_log(rank.0));
+        let (mut command, program) = (plan.command(rank, &log)?, plan.program.clone());
         self.kill(rank);
         let before = self.running.remove(&rank);
         self.processes += 1;
         let process = self.processes;
-        let log = self.plan.logs.join(names::worker_log(rank.0));
-        let mut command = self.command(rank, &log)?;
         let first = match before {
-            None => Some(spawn(&mut command, &self.plan.program)?),
+            None => Some(spawn(&mut command, &program)?),
             Some(_) => None,
         };
         let (kill, mut killed) = mpsc::channel(1);
-        let (exits, program) = (self.exits.clone(), self.plan.program.clone());
+        let exits = self.exits.clone();
         let watcher = tokio::spawn(async move {
             if let Some(before) = before {
                 let _ = before.watcher.await;
@@ -181,34 +213,6 @@ impl Launcher {
         });
         self.running.insert(rank, Running { process, is_dismissed: false, watcher, kill });
         Ok(())
-    }
-
-    fn command(&self, rank: Rank, log: &Path) -> Result<Command, LaunchError> {
-        let LaunchPlan { program, settings, threads, address, token, .. } = &self.plan;
-        let open = || File::options().create(true).append(true).open(log);
-        let log_error = |cause| LaunchError::Log { path: log.to_owned(), cause };
-        let (out, err) = (open().map_err(log_error)?, open().map_err(log_error)?);
-        let device = match settings.device {
-            DeviceChoice::Auto => "auto".to_owned(),
-            DeviceChoice::Cpu => "cpu".to_owned(),
-            DeviceChoice::Cuda => format!("cuda:{rank}"),
-        };
-        let mut command = Command::new(program);
-        command
-            .arg("--coordinator")
-            .arg(format!("http://{address}"))
-            .args(["--slot", &rank.to_string(), "--device", &device])
-            .args(["--threads", &threads.to_string()])
-            .env(JOIN_TOKEN_ENV, token.reveal())
-            .env(LAUNCHER_ENV, std::process::id().to_string())
-            .stdin(Stdio::null())
-            .stdout(out)
-            .stderr(err)
-            // A terminal's Ctrl-C goes to its whole process group; the workers'
-            // end is for the coordinator to arrange.
-            .process_group(0)
-            .kill_on_drop(true);
-        Ok(command)
     }
 
     /// Waits until all workers are gone; kills those that are still there after `grace`.

@@ -1,11 +1,18 @@
 //! The gRPC door, and the launcher of local workers.
 
+mod accept;
+mod connection;
 mod door;
 mod launch;
+mod limits;
+mod opening;
+mod refusal;
 mod service;
+mod tls;
 mod wire;
 
-pub use door::JoinToken;
 pub use launch::{LaunchError, LaunchPlan, Launcher, WorkerExit, find_worker, threads_per_worker};
+pub use opening::{OpenError, Opening, WayIn};
 pub use service::{AttachPlan, Link, LinkId, Origin, Server, WorkerEvent};
+pub use tls::CertifyError;
 pub use wire::{Outgoing, PairBatch};

@@ -1,7 +1,7 @@
 //! Decode, call, encode: the service behind the door.
 
-use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -9,19 +9,19 @@ use drift_proto::v1::{
     self as pb, coordinator_message::Body as Down, coordinator_server, worker_message::Body as Up,
 };
 use drift_proto::{MAX_MESSAGE_BYTES, PROTOCOL_VERSION};
-use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
-use tokio_stream::wrappers::{TcpListenerStream, UnboundedReceiverStream};
+use tokio_stream::wrappers::{ReceiverStream, UnboundedReceiverStream};
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
 use tracing::warn;
 
-use super::door::JoinToken;
+use super::accept::accept;
+use super::connection::Caller;
+use super::limits::Limits;
+use super::opening::{Opening, WayIn};
+use super::refusal::{Refusal, RefusalLog};
 use super::wire::{Incoming, Outgoing, incoming};
 use crate::run::command::{Rank, Report};
-
-/// A worker has this long to greet after it opened its stream.
-const GREETING_DEADLINE: Duration = Duration::from_secs(10);
 
 /// What the run tells a worker that comes in.
 #[derive(Debug, Clone, Copy)]
@@ -103,41 +103,60 @@ pub enum WorkerEvent {
 /// The listening server.
 #[derive(Debug)]
 pub struct Server {
-    /// Where it listens.
-    pub address: SocketAddr,
+    /// How workers get in.
+    pub way: Arc<WayIn>,
+    refusals: RefusalLog,
 }
 
 impl Server {
-    /// Listens on `address` and serves until the runtime ends.
-    ///
-    /// # Errors
-    /// The address cannot be bound.
-    pub async fn start(
-        address: SocketAddr,
-        token: JoinToken,
+    /// Takes in workers at `opening`'s door, `workers` of them, until the runtime
+    /// ends.
+    pub fn start(
+        opening: Opening,
+        workers: u32,
         events: mpsc::UnboundedSender<WorkerEvent>,
-    ) -> std::io::Result<Self> {
-        let listener = TcpListener::bind(address).await?;
-        let address = listener.local_addr()?;
+    ) -> Self {
+        let Opening { listener, token, tls, way, .. } = opening;
+        let refusals = RefusalLog::default();
+        let connections = accept(listener, tls, Limits::of(workers), refusals.clone());
         let service = coordinator_server::CoordinatorServer::new(Service {
             events,
             links: AtomicU64::new(0),
         })
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
-        let guarded = tonic::service::interceptor::InterceptedService::new(service, token);
+        // A worker has one connection, and one stream on it.
+        let server = tonic::transport::Server::builder()
+            .http2_keepalive_interval(Some(Duration::from_secs(10)))
+            .max_concurrent_streams(4)
+            .http2_max_header_list_size(8 << 10)
+            .http2_max_pending_accept_reset_streams(Some(8))
+            .http2_max_local_error_reset_streams(Some(8))
+            .max_frame_size(16 << 10)
+            // Every path is behind the token, those that do not exist too.
+            .layer(tonic::service::InterceptorLayer::new(token))
+            .add_service(service)
+            .serve_with_incoming(ReceiverStream::new(connections));
         tokio::spawn(async move {
-            let served = tonic::transport::Server::builder()
-                .http2_keepalive_interval(Some(Duration::from_secs(10)))
-                .tcp_nodelay(true)
-                .add_service(guarded)
-                .serve_with_incoming(TcpListenerStream::new(listener))
-                .await;
-            if let Err(error) = served {
+            if let Err(error) = server.await {
                 warn!(%error, "the server ended");
             }
         });
-        Ok(Self { address })
+        let told = refusals.clone();
+        tokio::spawn(async move {
+            let mut period = tokio::time::interval(RefusalLog::PERIOD);
+            loop {
+                period.tick().await;
+                told.tell();
+            }
+        });
+        Self { way: Arc::new(way), refusals }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.refusals.tell();
     }
 }
 
@@ -156,19 +175,30 @@ impl coordinator_server::Coordinator for Service {
         &self,
         request: Request<Streaming<pb::WorkerMessage>>,
     ) -> Result<Response<Outbound>, Status> {
+        let caller = request.extensions().get::<Caller>().cloned();
+        let caller = caller.ok_or_else(|| Status::internal("a connection without a caller"))?;
+        let refuse = |refusal, status| {
+            caller.refuse(refusal);
+            Err(status)
+        };
         let mut inbound = request.into_inner();
-        let first = tokio::time::timeout(GREETING_DEADLINE, inbound.next())
-            .await
-            .map_err(|_| Status::deadline_exceeded("no greeting came"))?;
-        let Some(Ok(pb::WorkerMessage { body: Some(Up::Hello(hello)), .. })) = first else {
-            return Err(Status::invalid_argument("the first message must be a greeting"));
+        let first = inbound.next().await;
+        let Some(Ok(pb::WorkerMessage { body: Some(Up::Hello(hello)), generation })) = first else {
+            let status = Status::invalid_argument("the first message must be a greeting");
+            return refuse(Refusal::NoGreeting, status);
         };
         if hello.protocol_version != PROTOCOL_VERSION {
-            return Err(Status::failed_precondition(format!(
+            let status = Status::failed_precondition(format!(
                 "worker speaks protocol {}, coordinator {PROTOCOL_VERSION}; run both from one build",
                 hello.protocol_version
-            )));
+            ));
+            return refuse(Refusal::Protocol, status);
         }
+        if generation != 0 {
+            let status = Status::failed_precondition("a greeting belongs to no generation yet");
+            return refuse(Refusal::Generation, status);
+        }
+        caller.greeted();
         let rank = Rank(hello.slot);
         let (down, outbound) = mpsc::unbounded_channel();
         let (answer, answered) = oneshot::channel();
@@ -179,10 +209,11 @@ impl coordinator_server::Coordinator for Service {
         let link = Link(down);
         let id = LinkId(self.links.fetch_add(1, Ordering::Relaxed));
         self.tell(WorkerEvent::Attach { rank, about, id, link, answer })?;
-        answered
-            .await
-            .map_err(|_| Status::unavailable("the run is over"))?
-            .map_err(Status::failed_precondition)?;
+        let answer = answered.await.map_err(|_| Status::unavailable("the run is over"))?;
+        if let Err(why) = answer {
+            return refuse(Refusal::NoPlace, Status::failed_precondition(why));
+        }
+        caller.attached();
         tokio::spawn(listen(inbound, rank, id, self.events.clone()));
         Ok(Response::new(Box::pin(UnboundedReceiverStream::new(outbound))))
     }

@@ -10,6 +10,7 @@
 //!     metrics.jsonl               a view of the journal's steps
 //!     checkpoint/                 Hugging Face format, and manifest.json
 //!   snapshots/01-epoch-0/ …       training state inside an iteration
+//!   join/                         what lets workers in, while a coordinator runs
 //!   logs/                         coordinator.log, worker-0.log, …
 //!   summary.json
 //! ```
@@ -24,6 +25,7 @@
 //! | [`metrics`] | `metrics.jsonl` |
 //! | [`names`] | what all of these are called |
 //! | [`verify`](mod@verify) | whether each file is still the one that was written |
+//! | [`secrets`] | `join/`: readable by its owner alone |
 //! | [`error`] | what went wrong, with which file, and what to do about it |
 //!
 //! Absent from here: clocks, chance, the network, and any decision about what
@@ -37,6 +39,7 @@ pub mod names;
 pub mod pairs;
 pub mod publish;
 pub mod run_dir;
+pub mod secrets;
 pub mod verify;
 
 pub use error::StoreError;

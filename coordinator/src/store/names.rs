@@ -18,6 +18,8 @@ pub const ITERATIONS: &str = "iterations";
 pub const SNAPSHOTS: &str = "snapshots";
 /// What the programs said.
 pub const LOGS: &str = "logs";
+/// What lets workers in, while a coordinator runs.
+pub const JOIN: &str = "join";
 /// Between the name of something that was found damaged and its number.
 pub const SET_ASIDE: &str = ".damaged-";
 

@@ -115,19 +115,26 @@ pub fn begin_staging(target: &Path) -> Result<PathBuf, StoreError> {
 /// The operation that failed on which path; `target` is then what it was.
 pub fn publish_dir(staging: &Path, target: &Path) -> Result<Published, StoreError> {
     sync_tree(staging)?;
+    if target.try_exists().map_err(StoreError::io("look at", target))? {
+        if is_same(staging, target) {
+            remove_folder(staging)?;
+            return Ok(Published::AlreadyThere);
+        }
+        tracing::warn!(
+            target_folder = %target.display(),
+            "a folder with other contents was published under this name and never committed; replacing it"
+        );
+    }
+    exchange(staging, target)
+}
+
+/// Gives `staging`, which is synced, the name `target`, whatever has it now.
+pub(super) fn exchange(staging: &Path, target: &Path) -> Result<Published, StoreError> {
     if !target.try_exists().map_err(StoreError::io("look at", target))? {
         fs::rename(staging, target).map_err(StoreError::io("rename onto", target))?;
         sync_folder(parent(target))?;
         return Ok(Published::New);
     }
-    if is_same(staging, target) {
-        remove_folder(staging)?;
-        return Ok(Published::AlreadyThere);
-    }
-    tracing::warn!(
-        target_folder = %target.display(),
-        "a folder with other contents was published under this name and never committed; replacing it"
-    );
     renameat_with(CWD, staging, CWD, target, RenameFlags::EXCHANGE).map_err(|cause| {
         StoreError::CannotExchange { target: target.to_owned(), cause: cause.into() }
     })?;
@@ -229,7 +236,8 @@ fn sync_file(path: &Path) -> Result<(), StoreError> {
     File::open(path).and_then(|file| file.sync_all()).map_err(StoreError::io("sync", path))
 }
 
-fn sync_tree(folder: &Path) -> Result<(), StoreError> {
+/// Makes a folder's files durable, and their names.
+pub(super) fn sync_tree(folder: &Path) -> Result<(), StoreError> {
     for entry in list(folder)? {
         let path = entry.path();
         let kind = entry.file_type().map_err(StoreError::io("look at", &path))?;
@@ -242,7 +250,8 @@ fn sync_tree(folder: &Path) -> Result<(), StoreError> {
     sync_folder(folder)
 }
 
-fn remove_folder(folder: &Path) -> Result<(), StoreError> {
+/// Removes a folder with all that is in it; one that is not there is no error.
+pub(super) fn remove_folder(folder: &Path) -> Result<(), StoreError> {
     match fs::remove_dir_all(folder) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => {
             Err(StoreError::io("remove folder", folder)(e))

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use super::error::StoreError;
-use super::names::{self, CONFIG, ITERATIONS, JOURNAL, LOCK, LOGS, SNAPSHOTS, SUMMARY};
+use super::names::{self, CONFIG, ITERATIONS, JOIN, JOURNAL, LOCK, LOGS, SNAPSHOTS, SUMMARY};
 use super::publish;
 use crate::domain::{Epoch, Iteration, Step};
 
@@ -243,6 +243,11 @@ impl RunDir {
             }
         }
         Ok(())
+    }
+
+    /// `join/`: what lets workers in.
+    pub fn join(&self) -> PathBuf {
+        self.root.join(JOIN)
     }
 
     /// `logs/`.

@@ -2,30 +2,29 @@
 
 use std::time::Duration;
 
-use drift_proto::v1::{
-    self as pb, coordinator_client::CoordinatorClient, coordinator_message::Body as Down,
-    worker_message::Body as Up,
-};
-use drift_proto::{MAX_MESSAGE_BYTES, PROTOCOL_VERSION};
+use drift_proto::PROTOCOL_VERSION;
+use drift_proto::v1::{self as pb, coordinator_message::Body as Down, worker_message::Body as Up};
 use tch::Device;
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
 use tokio_stream::StreamExt;
-use tokio_stream::wrappers::UnboundedReceiverStream;
-use tonic::metadata::{Ascii, MetadataValue};
-use tonic::transport::Endpoint;
-use tonic::{Request, Streaming};
+use tonic::Streaming;
 use tracing::{info, warn};
 
+use super::connect::{self, ConnectError};
 use super::engine::{Engine, Place, Reply};
+use super::join::JoinOptions;
 use super::wire;
 
 /// How a worker finds its coordinator and what it brings.
 #[derive(Debug, Clone)]
 pub struct AgentOptions {
-    /// `http://HOST:PORT`.
-    pub coordinator: String,
-    /// The run's join token.
-    pub token: String,
+    /// Where it is, and what lets this worker in.
+    pub join: JoinOptions,
+    /// How long it is waited for, each time.
+    pub wait: Duration,
+    /// Whether it is looked for again when it is lost: by a worker that it did not
+    /// start, and so will not start again.
+    pub rejoins: bool,
     /// Number that the launcher gave this process.
     pub slot: u32,
     /// Where it computes.
@@ -39,20 +38,9 @@ pub struct AgentOptions {
 /// Why a worker ends other than by being told to.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
-    /// The address is none.
-    #[error("--coordinator {0:?}: expected http://HOST:PORT")]
-    Address(String),
-    /// The token cannot be sent.
-    #[error("the join token holds characters that no token has")]
-    Token,
-    /// Nobody answers.
-    #[error("connect to the coordinator at {address}")]
-    Connect {
-        /// Where.
-        address: String,
-        /// Why.
-        source: tonic::transport::Error,
-    },
+    /// It was not let in.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
     /// The coordinator does not let this worker in.
     #[error("the coordinator refused this worker: {0}")]
     Refused(String),
@@ -64,18 +52,28 @@ pub enum AgentError {
     Engine(std::io::Error),
 }
 
-const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
-
 /// The engine has this long to reach its next check after a stop.
 const STOP_GRACE: Duration = Duration::from_secs(5);
 
-/// Serves one run: attaches, carries out commands, and returns when told to leave.
+/// Serves one run: attaches, carries out commands, and returns when told to leave. A
+/// worker that rejoins attaches anew where its coordinator is lost.
 ///
 /// # Errors
 /// The coordinator cannot be reached, refuses, or is lost.
 pub async fn run(options: AgentOptions) -> Result<(), AgentError> {
-    let (up, outbound) = mpsc::unbounded_channel();
-    let mut inbound = attach(&options, &up, outbound).await?;
+    loop {
+        match attend(&options).await {
+            Err(AgentError::Lost(why)) if options.rejoins => {
+                warn!(why, wait = ?options.wait, "lost the coordinator; look for it again");
+            }
+            ended => return ended,
+        }
+    }
+}
+
+/// Attaches once, and serves until the stream ends.
+async fn attend(options: &AgentOptions) -> Result<(), AgentError> {
+    let (up, mut inbound) = connect::attach(&options.join, &hello(options), options.wait).await?;
     let welcome = match inbound.next().await {
         Some(Ok(pb::CoordinatorMessage { body: Some(Down::Welcome(welcome)) })) => welcome,
         Some(Err(status)) => return Err(AgentError::Refused(status.message().to_owned())),
@@ -96,21 +94,9 @@ fn kill_self() {
     let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
 }
 
-/// Connects, proves itself, and opens the stream with a greeting.
-async fn attach(
-    options: &AgentOptions,
-    up: &UnboundedSender<pb::WorkerMessage>,
-    outbound: UnboundedReceiver<pb::WorkerMessage>,
-) -> Result<Streaming<pb::CoordinatorMessage>, AgentError> {
-    let channel = Endpoint::from_shared(options.coordinator.clone())
-        .map_err(|_| AgentError::Address(options.coordinator.clone()))?
-        .connect_timeout(CONNECT_DEADLINE)
-        .http2_keep_alive_interval(Duration::from_secs(10))
-        .tcp_nodelay(true)
-        .connect()
-        .await
-        .map_err(|source| AgentError::Connect { address: options.coordinator.clone(), source })?;
-    let hello = pb::Hello {
+/// What this worker tells of itself.
+fn hello(options: &AgentOptions) -> pb::Hello {
+    pb::Hello {
         protocol_version: PROTOCOL_VERSION,
         slot: options.slot,
         pid: std::process::id(),
@@ -118,19 +104,7 @@ async fn attach(
         device: device_name(options.device),
         threads: options.threads,
         libtorch_version: crate::LIBTORCH_VERSION.to_owned(),
-    };
-    let _ = up.send(pb::WorkerMessage { generation: 0, body: Some(Up::Hello(hello)) });
-    let mut request = Request::new(UnboundedReceiverStream::new(outbound));
-    let token: MetadataValue<Ascii> =
-        format!("Bearer {}", options.token).parse().map_err(|_| AgentError::Token)?;
-    request.metadata_mut().insert("authorization", token);
-    CoordinatorClient::new(channel)
-        .max_decoding_message_size(MAX_MESSAGE_BYTES)
-        .max_encoding_message_size(MAX_MESSAGE_BYTES)
-        .attach(request)
-        .await
-        .map(tonic::Response::into_inner)
-        .map_err(|status| AgentError::Refused(status.message().to_owned()))
+    }
 }
 
 /// A generation that this worker belongs to, and the engine that computes in it.

@@ -48,7 +48,7 @@ impl Driver {
                 self.feed(Event::Heard(rank));
             }
             WorkerEvent::Lost(rank, id, why) if self.is_link(rank, id) => {
-                self.feed(Event::Lost(rank, format!("{why}; {}", self.log_hint(rank))));
+                self.feed(Event::Lost(rank, format!("{why}{}", self.log_hint(rank))));
             }
             // Of one that was replaced.
             WorkerEvent::Heartbeat(..) | WorkerEvent::Lost(..) => {}
@@ -160,7 +160,9 @@ impl Driver {
     }
 
     fn log_hint(&self, rank: Rank) -> String {
-        format!("its log is {}", self.session.run.worker_log(rank.0).display())
+        let log = self.session.run.worker_log(rank.0);
+        // A worker that somebody else started has its log somewhere else.
+        if log.exists() { format!("; its log is {}", log.display()) } else { String::new() }
     }
 
     pub(super) fn link(&self, rank: Rank) -> Result<&Link> {

@@ -33,11 +33,10 @@ use self::view::View;
 use super::command::{Command, ModelSource, PairRef, Rank, Report, SnapshotId};
 use super::machine::{Effect, Event, Machine, Outcome, PairSets, Position, Resume, RunShape};
 use super::plan::{CostModel, Shard, plan_shards};
-use crate::config::Settings;
+use crate::config::{Settings, StartWorkers};
 use crate::domain::{Iteration, PairId, PairRow, ShardId, TokenPair};
 use crate::server::{
-    JoinToken, LaunchPlan, Launcher, Server, WorkerEvent, WorkerExit, find_worker,
-    threads_per_worker,
+    LaunchPlan, Launcher, Opening, Server, WorkerEvent, WorkerExit, find_worker, threads_per_worker,
 };
 use crate::store::metrics::MetricsLog;
 use crate::store::{Commit, CommittedPhase, FileEntry, Journal, RunDir, names};
@@ -114,27 +113,28 @@ pub async fn drive(session: Session, mut stop: mpsc::Receiver<()>) -> Result<(Se
     if start.resume.position == Position::Finished {
         return Ok((start.finish()?, Outcome::Finished));
     }
-    let program = find_worker(&settings.launch)?;
-    let token = JoinToken::generate().context("make a join token")?;
-    let listen = settings.launch.listen.parse().context("parse launch.listen")?;
-    let server = Server::start(listen, token.clone(), worker_events)
-        .await
-        .with_context(|| format!("listen on {listen}"))?;
+    let starts_workers = settings.launch.start == StartWorkers::Local;
+    let program = starts_workers.then(|| find_worker(&settings.launch)).transpose()?;
+    let opening = Opening::make(&settings.launch, &start.session.run.join()).await?;
+    let address = opening.address;
     let workers = start.session.workers;
+    let server = Server::start(opening, workers, worker_events);
     let threads = threads_per_worker(&settings.launch, workers);
-    let plan = LaunchPlan {
+    let plan = program.map(|program| LaunchPlan {
         program,
         threads,
-        address: server.address,
-        token,
+        way: Arc::clone(&server.way),
         logs: start.session.run.logs(),
         settings: settings.launch.clone(),
-    };
+    });
     let mut driver = Driver::new(start, Launcher::new(plan, exits), finished)?;
     driver.record_start(threads)?;
-    info!(address = %server.address, workers, threads, "start workers");
+    info!(%address, workers, threads, "start workers");
     for rank in (0..workers).map(Rank) {
         driver.launcher.start(rank)?;
+    }
+    if let Some(folder) = server.way.folder().filter(|_| !starts_workers) {
+        info!(%address, workers, "wait for workers; each needs `worker --join {} --slot N`", folder.display());
     }
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
