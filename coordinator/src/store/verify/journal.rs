@@ -77,7 +77,7 @@ impl Verifier<'_, '_> {
             self.log()?;
             self.lost_tail(&copy, &commits)?;
         }
-        if self.items.len() == findings {
+        if self.items[findings..].iter().all(|item| item.state == State::Ok) {
             let found = format!(
                 "{} commits, {} samples, {} reference log-probabilities, {} steps",
                 rows.commits, rows.samples, rows.references, rows.steps
