@@ -99,7 +99,9 @@ pub(super) fn open(path: &Path) -> Result<Connection, StoreError> {
         .query_row("PRAGMA integrity_check(1)", [], |row| row.get(0))
         .map_err(failed(path, "check the structure"))?;
     if structure != "ok" {
-        return Err(damaged(path, structure));
+        // SQLite's words begin with a line that names the database.
+        let place = structure.lines().last().unwrap_or_default();
+        return Err(damaged(path, place.to_owned()));
     }
     Ok(connection)
 }

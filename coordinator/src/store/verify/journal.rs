@@ -1,6 +1,8 @@
 //! The journal: its structure, its rows, their order, and what it should know.
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::io::Read as _;
 use std::path::Path;
 
 use super::order::{Found, History, lost_commit, out_of_order};
@@ -71,10 +73,11 @@ impl Verifier<'_, '_> {
             self.problem(Problem::damaged(&path, what), RESTORE_JOURNAL);
         }
         if !self.live {
+            self.length(&path)?;
             self.log()?;
             self.lost_tail(&copy, &commits)?;
         }
-        if self.items.len() == findings {
+        if self.items[findings..].iter().all(|item| item.state == State::Ok) {
             let found = format!(
                 "{} commits, {} samples, {} reference log-probabilities, {} steps",
                 rows.commits, rows.samples, rows.references, rows.steps
@@ -82,6 +85,30 @@ impl Verifier<'_, '_> {
             self.ok(JOURNAL, found);
         }
         Ok(Read { meta: Some(copy.meta.clone()), copy: Some(copy), files, history })
+    }
+
+    /// The database's own length: with a log that has what is cut off, SQLite does
+    /// not miss it.
+    fn length(&mut self, path: &Path) -> Result<(), StoreError> {
+        let mut header = [0; 32];
+        let length = fs::File::open(path)
+            .and_then(|mut file| {
+                file.read_exact(&mut header)?;
+                Ok(file.metadata()?.len())
+            })
+            .map_err(StoreError::io("read", path))?;
+        // SQLite's file format: a page's size at byte 16, where 1 is 65,536; pages at 28.
+        let [.., high, low, _, _, _, _, _, _, _, _, _, _, a, b, c, d] = header;
+        let page = match u16::from_be_bytes([high, low]) {
+            1 => 65_536,
+            page => u64::from(page),
+        };
+        let expected = page * u64::from(u32::from_be_bytes([a, b, c, d]));
+        if length < expected {
+            let what = format!("has {length} bytes, expected {expected}; its log has the rest");
+            self.problem(Problem::damaged(path, what), "--resume completes it from its log");
+        }
+        Ok(())
     }
 
     fn log(&mut self) -> Result<(), StoreError> {

@@ -237,13 +237,20 @@ fn a_journal_that_lost_its_tail_is_told_by_the_files_beside_it() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("run");
     let (_run, journal) = a_run(&root, true);
-    // As a kill leaves it, but for the log.
+    // As a kill leaves it.
     let copy = dir.path().join("copy");
     assert!(
         std::process::Command::new("cp").arg("-r").args([&root, &copy]).status().unwrap().success()
     );
     drop(journal);
     assert!(findings(&copy).is_empty());
+    // What is cut off the database here is in the log as well.
+    let database = fs::File::options().write(true).open(copy.join(names::JOURNAL)).unwrap();
+    let length = database.metadata().unwrap().len();
+    database.set_len(length - 1).unwrap();
+    let found = findings(&copy);
+    assert!(found[0].starts_with("journal.sqlite has "), "{found:?}");
+    fs::copy(root.join(names::JOURNAL), copy.join(names::JOURNAL)).unwrap();
     let log = copy.join(names::JOURNAL_LOG);
     let whole = fs::read(&log).unwrap();
     fs::write(&log, &whole[..whole.len() / 2]).unwrap();

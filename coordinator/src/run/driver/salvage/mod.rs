@@ -74,6 +74,10 @@ pub fn salvage(
     let position = extent.position(kept.last(), workers);
     refuse_what_is_lost(&mut look, kept)?;
 
+    let is_published = |k| published(kept).any(|published| published == k);
+    for row in torn.iter().filter(|row| matches!(row, Torn::Reference(k, _) if is_published(*k))) {
+        warn!(file = names::JOURNAL, "is damaged at {row}; nothing rests on it any more");
+    }
     let seen = look.end();
     for problem in seen.problems.iter().filter(|problem| !was_pruned(run, problem, &commits)) {
         warn!(file = %problem.path.display(), "{}", problem.what);
