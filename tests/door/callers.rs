@@ -117,11 +117,17 @@ pub(super) async fn call(join: &Path, caller: Caller, greeting: Greeting) -> Got
             let _ = tokio::time::timeout(Duration::from_secs(30), read).await.expect("hung up on");
             return got;
         }
-        Greeting::WithoutToken => (ATTACH, None, hello(0, 3, 0), None),
-        Greeting::UnknownPath => ("/drift.v1.Coordinator/Other", None, hello(0, 3, 0), None),
+        Greeting::WithoutToken => (ATTACH, None, hello(0, drift_proto::PROTOCOL_VERSION, 0), None),
+        Greeting::UnknownPath => {
+            ("/drift.v1.Coordinator/Other", None, hello(0, drift_proto::PROTOCOL_VERSION, 0), None)
+        }
         Greeting::Protocol(version) => (ATTACH, Some(token), hello(0, version, 0), None),
-        Greeting::Generation(generation) => (ATTACH, Some(token), hello(generation, 3, 0), None),
-        Greeting::Slot(slot) => (ATTACH, Some(token), hello(0, 3, slot), None),
+        Greeting::Generation(generation) => {
+            (ATTACH, Some(token), hello(generation, drift_proto::PROTOCOL_VERSION, 0), None)
+        }
+        Greeting::Slot(slot) => {
+            (ATTACH, Some(token), hello(0, drift_proto::PROTOCOL_VERSION, slot), None)
+        }
         Greeting::Heartbeat => {
             let heartbeat = Some(Body::Heartbeat(Heartbeat::default()));
             let message = WorkerMessage { generation: 0, body: heartbeat };
@@ -151,7 +157,6 @@ pub(super) async fn call(join: &Path, caller: Caller, greeting: Greeting) -> Got
 const ATTACH: &str = "/drift.v1.Coordinator/Attach";
 
 fn hello(generation: u64, protocol_version: u32, slot: u32) -> Vec<u8> {
-    assert_eq!(drift_proto::PROTOCOL_VERSION, 3, "the version of a greeting that is in order");
     let hello = Hello { protocol_version, slot, ..Hello::default() };
     WorkerMessage { generation, body: Some(Body::Hello(hello)) }.encode_to_vec()
 }
