@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use drift_proto::v1::{Hello, WorkerMessage, worker_message::Body};
+use drift_proto::v1::{Heartbeat, Hello, WorkerMessage, worker_message::Body};
 use h2::SendStream;
 use h2::client::ResponseFuture;
 use prost::Message;
@@ -38,6 +38,8 @@ pub(super) enum Greeting {
     Protocol(u32),
     Generation(u64),
     Slot(u32),
+    /// What a worker sends when it is let in.
+    Heartbeat,
     /// A message said to have so many bytes, sent as far as it is taken.
     Message(u32),
 }
@@ -115,11 +117,22 @@ pub(super) async fn call(join: &Path, caller: Caller, greeting: Greeting) -> Got
             let _ = tokio::time::timeout(Duration::from_secs(30), read).await.expect("hung up on");
             return got;
         }
-        Greeting::WithoutToken => (ATTACH, None, hello(0, 3, 0), None),
-        Greeting::UnknownPath => ("/drift.v1.Coordinator/Other", None, hello(0, 3, 0), None),
+        Greeting::WithoutToken => (ATTACH, None, hello(0, drift_proto::PROTOCOL_VERSION, 0), None),
+        Greeting::UnknownPath => {
+            ("/drift.v1.Coordinator/Other", None, hello(0, drift_proto::PROTOCOL_VERSION, 0), None)
+        }
         Greeting::Protocol(version) => (ATTACH, Some(token), hello(0, version, 0), None),
-        Greeting::Generation(generation) => (ATTACH, Some(token), hello(generation, 3, 0), None),
-        Greeting::Slot(slot) => (ATTACH, Some(token), hello(0, 3, slot), None),
+        Greeting::Generation(generation) => {
+            (ATTACH, Some(token), hello(generation, drift_proto::PROTOCOL_VERSION, 0), None)
+        }
+        Greeting::Slot(slot) => {
+            (ATTACH, Some(token), hello(0, drift_proto::PROTOCOL_VERSION, slot), None)
+        }
+        Greeting::Heartbeat => {
+            let heartbeat = Some(Body::Heartbeat(Heartbeat::default()));
+            let message = WorkerMessage { generation: 0, body: heartbeat };
+            (ATTACH, Some(token), message.encode_to_vec(), None)
+        }
         Greeting::Message(length) => (ATTACH, Some(token), Vec::new(), Some(length)),
     };
     let (answer, mut up) = open(stream, path, bearer).await;
@@ -144,7 +157,6 @@ pub(super) async fn call(join: &Path, caller: Caller, greeting: Greeting) -> Got
 const ATTACH: &str = "/drift.v1.Coordinator/Attach";
 
 fn hello(generation: u64, protocol_version: u32, slot: u32) -> Vec<u8> {
-    assert_eq!(drift_proto::PROTOCOL_VERSION, 3, "the version of a greeting that is in order");
     let hello = Hello { protocol_version, slot, ..Hello::default() };
     WorkerMessage { generation, body: Some(Body::Hello(hello)) }.encode_to_vec()
 }
