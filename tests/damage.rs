@@ -5,6 +5,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use drift_coordinator::store::FileEntry;
 
 use crate::support::{
     Ended, address, coordinator, ended, eventually, processes, published, resume, signalled_at,
@@ -104,14 +107,15 @@ fn is_free(name: &str) -> bool {
 struct Case<'a> {
     whole: &'a Path,
     scratch: &'a Path,
+    copies: &'a AtomicUsize,
     expected: &'a BTreeMap<String, String>,
 }
 
 impl Case<'_> {
     /// The run with one file harmed; and what `verify` says of it.
     fn harmed(&self, name: &str, how: Harm, at: impl Fn(&[u8]) -> usize) -> (PathBuf, Ended) {
-        let number = fs::read_dir(self.scratch).unwrap().count();
-        let run = self.scratch.join(format!("{number}-{}-{how:?}", name.replace('/', "-")));
+        let number = self.copies.fetch_add(1, Ordering::Relaxed);
+        let run = self.scratch.join(format!("run-{number}"));
         copy(self.whole, &run);
         harm(&run.join(name), how, at);
         let told = ended(coordinator(&["verify", run.to_str().unwrap()]));
@@ -197,9 +201,10 @@ fn each_damaged_file_is_named_and_no_resume_ends_otherwise() {
 
     let scratch = path("scratch");
     fs::create_dir(&scratch).unwrap();
+    let copies = AtomicUsize::new(0);
     for whole in [&once, &killed] {
         let began = std::time::Instant::now();
-        let case = Case { whole, scratch: &scratch, expected: &expected };
+        let case = Case { whole, scratch: &scratch, copies: &copies, expected: &expected };
         let jobs: Vec<(String, Harm)> = files(whole)
             .into_iter()
             .flat_map(|name| HARMS.map(|how| (name.clone(), how)))
@@ -207,18 +212,13 @@ fn each_damaged_file_is_named_and_no_resume_ends_otherwise() {
         side_by_side(&jobs, |(name, how)| {
             let middle = |bytes: &[u8]| match name.as_str() {
                 // Where a row is: bytes that no row uses are nobody's.
-                "journal.sqlite" if whole == &once => place(bytes, b"\"workers\""),
+                "journal.sqlite" => place(bytes, &config_hash(whole)),
                 _ => bytes.len() / 2,
             };
             let (run, told) = case.harmed(name, *how, middle);
-            // Of a run that was killed these may be behind, or overridden by the log.
-            let may_differ = whole == &killed
-                && match name.as_str() {
-                    "iterations/01/metrics.jsonl" => *how != Harm::Flipped,
-                    "journal.sqlite" => *how == Harm::Flipped,
-                    _ => false,
-                };
-            if !is_free(name) && !may_differ {
+            // Of a run that was killed these may be behind.
+            let in_hand = whole == &killed && name == "iterations/01/metrics.jsonl";
+            if !is_free(name) && !(in_hand && *how != Harm::Flipped) {
                 case.is_named(name, *how, &told);
             }
             case.goes_on(&run, name, *how);
@@ -232,7 +232,7 @@ fn each_damaged_file_is_named_and_no_resume_ends_otherwise() {
     assert_eq!(ended.code, Some(143), "{}", ended.stderr);
     // Wherever in it a bit flips: it is told, or nothing rests on it.
     for (whole, places) in [(&once, 40), (&stopped, 30)] {
-        let case = Case { whole, scratch: &scratch, expected: &expected };
+        let case = Case { whole, scratch: &scratch, copies: &copies, expected: &expected };
         let length = fs::metadata(whole.join("journal.sqlite")).unwrap().len() as usize;
         let places: Vec<usize> = (0..length).step_by(length / places).collect();
         let told = Mutex::new(0);
@@ -244,6 +244,12 @@ fn each_damaged_file_is_named_and_no_resume_ends_otherwise() {
         let told = told.into_inner().unwrap();
         eprintln!("{told} of {} flips in the journal are told", places.len());
     }
+}
+
+/// The hash of a run's settings, as its journal has it.
+fn config_hash(run: &Path) -> Vec<u8> {
+    let bytes = fs::read(run.join("config.toml")).unwrap();
+    FileEntry::of_bytes(&bytes).sha256.into_bytes()
 }
 
 /// Where `part` is in the file.
