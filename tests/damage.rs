@@ -5,6 +5,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use drift_coordinator::store::FileEntry;
 
 use crate::support::{
     Ended, address, coordinator, ended, eventually, processes, published, resume, signalled_at,
@@ -104,14 +107,15 @@ fn is_free(name: &str) -> bool {
 struct Case<'a> {
     whole: &'a Path,
     scratch: &'a Path,
+    copies: &'a AtomicUsize,
     expected: &'a BTreeMap<String, String>,
 }
 
 impl Case<'_> {
     /// The run with one file harmed; and what `verify` says of it.
     fn harmed(&self, name: &str, how: Harm, at: impl Fn(&[u8]) -> usize) -> (PathBuf, Ended) {
-        let number = fs::read_dir(self.scratch).unwrap().count();
-        let run = self.scratch.join(format!("{number}-{}-{how:?}", name.replace('/', "-")));
+        let number = self.copies.fetch_add(1, Ordering::Relaxed);
+        let run = self.scratch.join(format!("run-{number}"));
         copy(self.whole, &run);
         harm(&run.join(name), how, at);
         let told = ended(coordinator(&["verify", run.to_str().unwrap()]));
@@ -184,22 +188,37 @@ fn each_damaged_file_is_named_and_no_resume_ends_otherwise() {
     let well = succeeds(coordinator(&["verify", once.to_str().unwrap()]));
     assert!(well.stdout.contains("all is well"), "{}", well.stdout);
 
-    // Killed in iteration 1, while it trains the epoch behind a snapshot.
+    // Stopped, its journal in one file; then killed behind each commit up to the one
+    // that a snapshot stands behind, so that those are in the log.
+    let stopped = path("stopped");
+    let line = " committed iteration=1 phase=sampled";
+    let halted = signalled_at(small(&model, &stopped), line, "TERM").expect(line);
+    assert_eq!(halted.code, Some(143), "{}", halted.stderr);
     let killed = path("killed");
-    let line = " committed iteration=1 phase=evaluated epoch=0";
-    let ended = signalled_at(small(&model, &killed), line, "KILL").expect(line);
-    assert_eq!(ended.signal, Some(9), "{}", ended.stderr);
-    let slot = format!("worker --coordinator {}", address(&ended.stderr).unwrap());
-    eventually(15, "the worker outlives its coordinator", || processes(&slot).is_empty());
+    copy(&stopped, &killed);
+    let mut log = String::new();
+    while !log.contains(" committed iteration=1 phase=evaluated epoch=0") {
+        let mut command = resume(&killed);
+        command.env("DRIFT_FAULT", "committed");
+        let ended = ended(command);
+        assert_eq!(ended.signal, Some(9), "{}", ended.stderr);
+        assert!(!ended.stderr.contains("epoch=1"), "too late: {}", ended.stderr);
+        if let Some(address) = address(&ended.stderr) {
+            let slot = format!("worker --coordinator {address}");
+            eventually(15, "the worker outlives its coordinator", || processes(&slot).is_empty());
+        }
+        log.push_str(&ended.stderr);
+    }
     let well = succeeds(coordinator(&["verify", killed.to_str().unwrap()]));
     assert!(well.stdout.contains("snapshots/01-epoch-0"), "{}", well.stdout);
     assert!(killed.join("journal.sqlite-wal").exists());
 
     let scratch = path("scratch");
     fs::create_dir(&scratch).unwrap();
+    let copies = AtomicUsize::new(0);
     for whole in [&once, &killed] {
         let began = std::time::Instant::now();
-        let case = Case { whole, scratch: &scratch, expected: &expected };
+        let case = Case { whole, scratch: &scratch, copies: &copies, expected: &expected };
         let jobs: Vec<(String, Harm)> = files(whole)
             .into_iter()
             .flat_map(|name| HARMS.map(|how| (name.clone(), how)))
@@ -207,18 +226,13 @@ fn each_damaged_file_is_named_and_no_resume_ends_otherwise() {
         side_by_side(&jobs, |(name, how)| {
             let middle = |bytes: &[u8]| match name.as_str() {
                 // Where a row is: bytes that no row uses are nobody's.
-                "journal.sqlite" if whole == &once => place(bytes, b"\"workers\""),
+                "journal.sqlite" => place(bytes, &config_hash(whole)),
                 _ => bytes.len() / 2,
             };
             let (run, told) = case.harmed(name, *how, middle);
-            // Of a run that was killed these may be behind, or overridden by the log.
-            let may_differ = whole == &killed
-                && match name.as_str() {
-                    "iterations/01/metrics.jsonl" => *how != Harm::Flipped,
-                    "journal.sqlite" => *how == Harm::Flipped,
-                    _ => false,
-                };
-            if !is_free(name) && !may_differ {
+            // Of a run that was killed these may be behind.
+            let in_hand = whole == &killed && name == "iterations/01/metrics.jsonl";
+            if !is_free(name) && !(in_hand && *how != Harm::Flipped) {
                 case.is_named(name, *how, &told);
             }
             case.goes_on(&run, name, *how);
@@ -226,13 +240,9 @@ fn each_damaged_file_is_named_and_no_resume_ends_otherwise() {
         eprintln!("{} cases of {}: {:?}", jobs.len(), whole.display(), began.elapsed());
     }
 
-    // Stopped at the same place, so that the whole journal is in one file.
-    let stopped = path("stopped");
-    let ended = signalled_at(small(&model, &stopped), line, "TERM").expect(line);
-    assert_eq!(ended.code, Some(143), "{}", ended.stderr);
-    // Wherever in it a bit flips: it is told, or nothing rests on it.
+    // Wherever in a journal a bit flips: it is told, or nothing rests on it.
     for (whole, places) in [(&once, 40), (&stopped, 30)] {
-        let case = Case { whole, scratch: &scratch, expected: &expected };
+        let case = Case { whole, scratch: &scratch, copies: &copies, expected: &expected };
         let length = fs::metadata(whole.join("journal.sqlite")).unwrap().len() as usize;
         let places: Vec<usize> = (0..length).step_by(length / places).collect();
         let told = Mutex::new(0);
@@ -244,6 +254,12 @@ fn each_damaged_file_is_named_and_no_resume_ends_otherwise() {
         let told = told.into_inner().unwrap();
         eprintln!("{told} of {} flips in the journal are told", places.len());
     }
+}
+
+/// The hash of a run's settings, as its journal has it.
+fn config_hash(run: &Path) -> Vec<u8> {
+    let bytes = fs::read(run.join("config.toml")).unwrap();
+    FileEntry::of_bytes(&bytes).sha256.into_bytes()
 }
 
 /// Where `part` is in the file.
