@@ -97,7 +97,7 @@ pub fn rows(journal: &Journal, k: Iteration) -> Result<Vec<MetricsRow>, StoreErr
     Ok(rows)
 }
 
-/// The bytes that [`write`] gives the file at `path`.
+/// The bytes that [`write()`] gives the file at `path`.
 ///
 /// # Errors
 /// A value that JSON cannot hold.
