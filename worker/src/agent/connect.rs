@@ -182,7 +182,9 @@ fn jitter() -> f64 {
 async fn open(credentials: &Credentials, hello: &pb::Hello) -> Result<Opened, Failed> {
     let address = &credentials.coordinator;
     let uri = address.parse::<Uri>().ok().filter(|uri| {
-        matches!(uri.scheme_str(), Some("http" | "https")) && uri.port_u16().is_some()
+        matches!(uri.scheme_str(), Some("http" | "https"))
+            && uri.host().is_some_and(|host| !host.is_empty())
+            && uri.port_u16().is_some()
     });
     let uri = uri.ok_or_else(|| Failed::Forever(ConnectError::Address(address.clone())))?;
     let token = format!("Bearer {}", credentials.token).parse();

@@ -213,10 +213,8 @@ impl Driver {
             publish::seal(&self.session.run, &mut self.session.journal, iteration, epoch)?;
         }
         let commit = Commit { iteration, phase, epoch, at: unix_seconds(), detail };
-        self.session.journal.commit(&commit)?;
         self.view.ended();
-        info!(iteration = iteration.0, phase = %phase, epoch = epoch.map(|e| e.0), "committed");
-        fault::at("committed");
+        commit_to(&mut self.session.journal, &commit)?;
         match phase {
             CommittedPhase::Trained => {
                 self.metrics = None;
@@ -283,6 +281,15 @@ impl Driver {
         });
         Ok(())
     }
+}
+
+/// Commits, and tells people.
+pub(super) fn commit_to(journal: &mut Journal, commit: &Commit) -> Result<()> {
+    journal.commit(commit)?;
+    let Commit { iteration, phase, epoch, .. } = commit;
+    info!(iteration = iteration.0, phase = %phase, epoch = epoch.map(|e| e.0), "committed");
+    fault::at("committed");
+    Ok(())
 }
 
 /// Makes the `metrics.jsonl` of the last committed iteration anew from the

@@ -187,13 +187,8 @@ impl Start {
         if let Some(last) = commits.last().filter(|last| last.phase != CommittedPhase::Finished) {
             let (iteration, phase) = (last.iteration, CommittedPhase::Finished);
             let detail = serde_json::json!({});
-            journal.commit(&Commit {
-                iteration,
-                phase,
-                epoch: None,
-                at: unix_seconds(),
-                detail,
-            })?;
+            let commit = Commit { iteration, phase, epoch: None, at: unix_seconds(), detail };
+            carry::commit_to(journal, &commit)?;
         }
         Ok(self.session)
     }
