@@ -26,11 +26,11 @@ STAMP := .venv/.installed-$(shell cat $(REQUIREMENTS) | sha256sum | cut -c1-16)
 DENY_VERSION := 0.20.2
 DENY := .cache/tools/cargo-deny-$(DENY_VERSION)/bin/cargo-deny
 
-.PHONY: help setup system build demo bench chaos test check deny clean
+.PHONY: help setup system build cuda demo bench chaos fuzz test test-cuda check deny clean
 
 help: ## list these targets
 	@echo "usage: make TARGET"
-	sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
 setup: system $(STAMP) ## install libtorch, the pinned peers and the demo model here
 	@.venv/bin/python configs/demo/export_model.py $(MODEL)
@@ -85,6 +85,10 @@ $(BENCH_STAMP): | $(STAMP)
 build: setup ## compile coordinator and worker
 	@cargo build --release --locked
 
+# It takes the CPU build's place in target/release; `make build` puts that back.
+cuda: setup ## compile both with NCCL and CUDA, for machines with GPUs
+	@cargo build --release --locked --features cuda
+
 demo: build ## train the demo model for two iterations, on this machine's CPU
 	@target/release/coordinator --workers $(WORKERS) $(ARGS)
 
@@ -100,6 +104,13 @@ FIRST_SEED ?= 0
 chaos: build ## kill and stop processes of small runs, SEEDS=100 times, and compare bytes
 	@target/release/chaos --seeds $(SEEDS) --first-seed $(FIRST_SEED) $(ARGS)
 
+# Seconds of it for each target, and which; all of them without.
+SECONDS_EACH ?= 600
+TARGETS ?=
+
+fuzz: build ## feed each reader damaged input, for SECONDS_EACH=600 s a target
+	@target/release/fuzz --seconds $(SECONDS_EACH) $(TARGETS) $(ARGS)
+
 # Whole-system tests compute on every core: one at a time, whichever runner.
 test: build ## run all tests
 	@cargo test --release --locked --workspace --doc --quiet
@@ -109,6 +120,23 @@ test: build ## run all tests
 		cargo test --release --locked --workspace --exclude drift-tests --lib --bins
 		cargo test --release --locked --package drift-tests -- --test-threads=1
 	fi
+
+# All but the GPU: what is compiled and linked, and what is said where there is none.
+test-cuda: cuda ## lint and try the CUDA build, as far as a machine without GPUs goes
+	@cargo clippy --release --locked --workspace --all-targets --features cuda -- -D warnings
+	cargo test --release --locked --workspace --features cuda --lib --quiet -- collective:: device::
+	for library in libtorch_cuda libc10_cuda libnccl; do
+		path=$$(ldd target/release/worker | awk -v name=$$library 'index($$1, name ".so") == 1 {print $$3}')
+		[ -e "$$path" ] || { echo "error: the worker does not find $$library" >&2; exit 1; }
+		echo "cuda: the worker links $$(basename "$$path")"
+	done
+	if [ -e /dev/nvidiactl ]; then
+		echo "cuda: this machine has GPUs; what is said without them is not tried"
+	else
+		! said=$$(timeout 3 target/release/worker --slot 0 --device cuda:0 2>&1)
+		grep -q 'libtorch sees 0 GPUs here' <<<"$$said" || { echo "error: said without a GPU: $$said" >&2; exit 1; }
+	fi
+	cargo build --release --locked
 
 check: setup $(DENY) ## format, lints, documentation, licences and advisories
 	@cargo fmt --all -- --check

@@ -1,8 +1,11 @@
 //! Same configuration, seed and number of workers: the same bytes, killed or not.
 
+use drift_coordinator::domain::Iteration;
+use drift_coordinator::store::Journal;
+
 use crate::support::{
-    address, ended, eventually, first_steps_are_ln_2, processes, published, resume, short,
-    signalled_at, succeeds,
+    address, demo_model, ended, eventually, first_steps_are_ln_2, processes, published, resume,
+    short, signalled_at, small, small_model, succeeds,
 };
 
 /// Two undisturbed runs, one that loses its coordinator to SIGKILL after every
@@ -66,4 +69,36 @@ fn runs_end_with_the_same_bytes_killed_stopped_or_not() {
     assert_eq!(again.code, Some(0));
     assert!(again.stdout.contains("checkpoint:"), "{}", again.stdout);
     assert_eq!(published(&stopped), expected);
+}
+
+/// What is drawn depends neither on who draws it nor on guesses: from the same weights,
+/// one, two and three workers, guessing or not, give the same replies in fp32.
+#[test]
+fn replies_are_the_same_whoever_draws_them_and_with_guesses_or_without() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    small_model::write(&demo_model(), &model).unwrap();
+    let mut first = None;
+    for (workers, drafting) in [("1", true), ("2", true), ("3", true), ("2", false), ("3", false)] {
+        let run = folder.path().join(format!("{workers}-{drafting}"));
+        let mut command = small(&run, workers, &model);
+        let drafting = format!("sampling.drafting={drafting}");
+        // Without a warm start all sample from the model as it is: trained on another number of
+        // ranks, it would differ in its last bits.
+        for setting in [
+            &drafting,
+            "data.limit=24",
+            "training.dtype=f32",
+            "sampling.max_new_tokens=48",
+            "training.warm_start_epochs=0",
+        ] {
+            command.args(["--set", setting]);
+        }
+        succeeds(command);
+        let (journal, _) = Journal::open(&run.join("journal.sqlite")).unwrap();
+        let samples = journal.samples(Iteration(1)).unwrap();
+        assert!(samples.len() >= 20, "{}", samples.len());
+        let first = first.get_or_insert_with(|| samples.clone());
+        assert!(*first == samples, "{workers} workers, {drafting}");
+    }
 }

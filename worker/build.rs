@@ -17,6 +17,12 @@ const GLOO_HEADERS: [&str; 5] = [
     "gloo/transport/device.h",
 ];
 
+/// libtorch's libraries for GPUs; they bring CUDA's own and NCCL.
+const CUDA_LIBRARIES: [&str; 2] = ["torch_cuda", "c10_cuda"];
+
+/// Where the wheels that torch names keep the headers of CUDA and NCCL.
+const CUDA_INCLUDES: [&str; 2] = ["nvidia/cu13/include", "nvidia/nccl/include"];
+
 fn main() {
     if let Err(reason) = build() {
         println!("cargo::error={reason}");
@@ -29,7 +35,21 @@ fn build() -> Result<(), String> {
     for directory in library_directories(&torch) {
         println!("cargo::rustc-link-arg=-Wl,-rpath,{}", directory.display());
     }
-    compile_bridge(&torch)
+    compile_bridge(&torch)?;
+    if cuda() {
+        // The bridge names symbols of theirs, and is linked before them, so the linker keeps them: a
+        // plain binary would lose them, and GPUs would be silently absent.
+        println!("cargo::rustc-link-search=native={}", torch.join("lib").display());
+        for library in CUDA_LIBRARIES {
+            println!("cargo::rustc-link-lib=dylib={library}");
+        }
+    }
+    Ok(())
+}
+
+/// Whether the feature `cuda` is on.
+fn cuda() -> bool {
+    env::var_os("CARGO_FEATURE_CUDA").is_some()
 }
 
 /// The directory of libtorch, checked to be of the right version.
@@ -86,8 +106,9 @@ fn library_directories(torch: &Path) -> Vec<PathBuf> {
 
 fn compile_bridge(torch: &Path) -> Result<(), String> {
     let source = Path::new("src/collective");
-    println!("cargo::rerun-if-changed={}", source.join("bridge.cpp").display());
-    println!("cargo::rerun-if-changed={}", source.join("gloo_declarations.hpp").display());
+    for file in ["bridge.cpp", "gloo_declarations.hpp", "handles.hpp", "nccl.cpp"] {
+        println!("cargo::rerun-if-changed={}", source.join(file).display());
+    }
 
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set: run through cargo")?);
     let stand_ins = out.join("gloo_headers");
@@ -108,9 +129,35 @@ fn compile_bridge(torch: &Path) -> Result<(), String> {
     for directory in [include.clone(), include.join("torch/csrc/api/include")] {
         bridge.flag("-isystem").flag(&directory);
     }
+    if cuda() {
+        bridge.define("USE_C10D_NCCL", None).file(source.join("nccl.cpp"));
+        for directory in cuda_includes(torch)? {
+            bridge.flag("-isystem").flag(&directory);
+        }
+    }
     bridge
         .try_compile("drift_collective")
-        .map_err(|e| format!("compile src/collective/bridge.cpp (a C++20 compiler is needed): {e}"))
+        .map_err(|e| format!("compile src/collective/*.cpp (a C++20 compiler is needed): {e}"))
+}
+
+/// CUDA's and NCCL's headers, which lie beside libtorch in the wheel.
+fn cuda_includes(torch: &Path) -> Result<Vec<PathBuf>, String> {
+    let wheel = fs::canonicalize(torch).unwrap_or_else(|_| torch.to_path_buf());
+    let site = wheel.parent().ok_or("LIBTORCH has no parent directory")?;
+    let directories = CUDA_INCLUDES.map(|path| site.join(path));
+    // The last of them to come, from the package that torch itself does not name.
+    let crt = directories[0].join("crt/host_defines.h");
+    match directories.iter().find(|directory| !directory.is_dir()) {
+        Some(missing) => Err(format!(
+            "{} is missing: the feature `cuda` needs PyTorch's CUDA wheel; run `make setup`",
+            missing.display()
+        )),
+        None if !crt.is_file() => Err(format!(
+            "{} is missing; run `make setup`, which installs nvidia-cuda-crt",
+            crt.display()
+        )),
+        None => Ok(directories.into()),
+    }
 }
 
 fn write_stand_in(path: &Path) -> io::Result<()> {

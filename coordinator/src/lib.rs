@@ -17,6 +17,7 @@
 pub mod cli;
 pub mod commands;
 pub mod config;
+mod contain;
 pub mod corpus;
 pub mod domain;
 pub mod run;

@@ -64,6 +64,16 @@ impl Schedule {
         };
         Self(at.into_iter().map(fault).collect())
     }
+
+    /// For each phase of a story, a run that is told to stop in the midst of it.
+    pub(crate) fn stop_in_each_phase(places: &[String]) -> Vec<Self> {
+        let begins: Vec<&String> = places.iter().filter(|p| p.starts_with("begin ")).collect();
+        let stop = |place: &&String| {
+            let (place, delay) = ((*place).clone(), Duration::from_millis(15));
+            Self(vec![Fault { place, delay, victim: Victim::Coordinator, kind: Kind::Term }])
+        };
+        begins.iter().map(stop).collect()
+    }
 }
 
 impl std::fmt::Display for Schedule {

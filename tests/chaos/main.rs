@@ -33,6 +33,9 @@ struct Arguments {
     /// The first of them.
     #[arg(long, default_value_t = 0)]
     first_seed: u64,
+    /// Instead of drawing from seeds, stop a run by SIGTERM in each of its phases.
+    #[arg(long)]
+    stops: bool,
     /// Workers of each run.
     #[arg(long, default_value_t = 2)]
     workers: u32,
@@ -55,7 +58,20 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs all seeds; returns how many failed.
+/// What happens to each run, by the run's name.
+fn schedules(arguments: &Arguments, places: &[String]) -> Vec<(String, Schedule)> {
+    if arguments.stops {
+        let stops = Schedule::stop_in_each_phase(places).into_iter().enumerate();
+        return stops.map(|(n, schedule)| (format!("stop-{n}"), schedule)).collect();
+    }
+    let drawn = |seed| {
+        let schedule = Schedule::draw(seed, places, arguments.workers);
+        (format!("seed-{seed}"), schedule)
+    };
+    (arguments.first_seed..arguments.first_seed + arguments.seeds).map(drawn).collect()
+}
+
+/// Runs all of them; returns how many failed.
 fn carry_out(arguments: &Arguments) -> Result<u64> {
     let folder = tempfile::tempdir().context("make a folder for the runs")?;
     let bed = Bed::make(folder.path(), arguments.workers)?;
@@ -67,11 +83,10 @@ fn carry_out(arguments: &Arguments) -> Result<u64> {
     );
     let (mut passed, mut failed) = (0, 0);
     let mut latencies = Latencies::default();
-    for seed in arguments.first_seed..arguments.first_seed + arguments.seeds {
-        let schedule = Schedule::draw(seed, &bed.places, arguments.workers);
-        println!("seed {seed}: {schedule}");
+    for (name, schedule) in schedules(arguments, &bed.places) {
+        println!("{name}: {schedule}");
         let began = Instant::now();
-        let dir = folder.path().join(format!("seed-{seed}"));
+        let dir = folder.path().join(&name);
         let Verdict { failure, fired, lost, restarts, latencies: more, log } =
             bed.run(&dir, schedule)?;
         latencies.extend(more);
@@ -85,17 +100,17 @@ fn carry_out(arguments: &Arguments) -> Result<u64> {
         match failure {
             None => {
                 passed += 1;
-                println!("seed {seed}: same bytes ({story})");
+                println!("{name}: same bytes ({story})");
                 let _ = std::fs::remove_dir_all(&dir);
             }
             Some(why) => {
                 failed += 1;
-                println!("seed {seed}: FAILED: {why} ({story})");
+                println!("{name}: FAILED: {why} ({story})");
                 if let Some(keep) = &arguments.keep {
-                    let kept = keep.join(format!("seed-{seed}"));
+                    let kept = keep.join(&name);
                     std::fs::create_dir_all(keep)?;
                     std::fs::rename(&dir, &kept).context("keep a run")?;
-                    println!("seed {seed}: its directory is {}", kept.display());
+                    println!("{name}: its directory is {}", kept.display());
                 }
             }
         }

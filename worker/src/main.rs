@@ -51,12 +51,15 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    #[cfg(feature = "cuda")]
+    drift_worker::collective::nccl_defaults();
     let filter = EnvFilter::try_from_env("DRIFT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(false)
         .init();
+    tell_of_nccl();
     match serve(arguments) {
         Ok(()) => {
             info!("leaving");
@@ -66,6 +69,18 @@ fn main() -> ExitCode {
             error!("{error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// What the environment says to NCCL and to c10d's use of it, for whoever reads the log.
+fn tell_of_nccl() {
+    if cfg!(feature = "cuda") {
+        let ours = |name: &str| name.starts_with("NCCL_") || name.starts_with("TORCH_NCCL_");
+        let set = std::env::vars_os().filter_map(|(name, value)| {
+            let name = name.to_str().filter(|name| ours(name))?;
+            Some(format!("{name}={}", value.to_string_lossy()))
+        });
+        info!(environment = %set.collect::<Vec<_>>().join(" "), "NCCL");
     }
 }
 

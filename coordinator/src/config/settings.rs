@@ -223,8 +223,9 @@ settings! {
         start: StartWorkers = StartWorkers::Local;
         /// Worker program; empty: `worker` beside the coordinator, then on PATH.
         worker: String = String::new();
-        /// `auto`, `cpu` or `cuda`. There is no CUDA build yet: `auto` is the CPU,
-        /// and `cuda`, which gives worker N device N, ends in an error.
+        /// `auto`, `cpu` or `cuda`. `cuda` gives worker N of a machine GPU N, and takes
+        /// a worker built with `--features cuda`; `auto` does so where there is such a
+        /// GPU, and computes on the CPU elsewhere.
         device: DeviceChoice = DeviceChoice::Auto;
         /// Threads of each worker on CPU (0: cores ÷ workers).
         threads: usize = 0;

@@ -67,7 +67,7 @@ pub enum CorpusError {
     },
     /// A Parquet file that cannot be decoded.
     #[error(
-        "{file}: broken Parquet near row {row}: {source}; fetch the file again and compare its size"
+        "{file}: broken Parquet near row {row}: {problem}; fetch the file again and compare its size"
     )]
     Parquet {
         /// The file.
@@ -75,7 +75,7 @@ pub enum CorpusError {
         /// Rows that were decoded before.
         row: u64,
         /// What the decoder said.
-        source: parquet::errors::ParquetError,
+        problem: String,
     },
     /// The file ends before its array does: most often an interrupted download.
     #[error(

@@ -11,7 +11,6 @@ use arrow::compute::cast;
 use arrow::datatypes::{DataType, UInt64Type};
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
-use parquet::errors::ParquetError;
 
 use super::counts::Place;
 use super::error::CorpusError;
@@ -19,6 +18,7 @@ use super::format::Format;
 use super::rows::Rows;
 use super::turns::{Flag, Label, Text, Turn, Turns, role};
 use super::utterances::{Id, Utterance};
+use crate::contain::{self, contained};
 
 /// Rows that are decoded at once.
 const BATCH: usize = 1024;
@@ -36,12 +36,12 @@ const TURNS: &str = "a string, a message {role, content}, or a list of messages"
 fn open(path: &Path, file: File) -> Result<ParquetRecordBatchReaderBuilder<File>, CorpusError> {
     // Without the writer's arrow types every text is plain Utf8 and every list a List.
     let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
-    ParquetRecordBatchReaderBuilder::try_new_with_options(file, options)
-        .map_err(|e| broken(path, 0, e))
+    contained(|| ParquetRecordBatchReaderBuilder::try_new_with_options(file, options))
+        .map_err(|problem| broken(path, 0, problem))
 }
 
-fn broken(path: &Path, row: u64, source: ParquetError) -> CorpusError {
-    CorpusError::Parquet { file: path.to_owned(), row, source }
+fn broken(path: &Path, row: u64, problem: String) -> CorpusError {
+    CorpusError::Parquet { file: path.to_owned(), row, problem }
 }
 
 /// Tells the shape from the names of the columns.
@@ -76,16 +76,12 @@ pub(super) fn read(
     });
     let leaves: Vec<usize> = leaves.map(|(leaf, _)| leaf).collect();
     let mask = ProjectionMask::leaves(builder.parquet_schema(), leaves);
-    let reader = builder
-        .with_projection(mask)
-        .with_batch_size(BATCH)
-        .build()
-        .map_err(|e| broken(path, 0, e))?;
+    let reader = contained(|| builder.with_projection(mask).with_batch_size(BATCH).build())
+        .map_err(|problem| broken(path, 0, problem))?;
 
     let (mut row, mut told) = (0, 0);
-    for batch in reader {
-        let batch =
-            batch.map_err(|e| broken(path, row, ParquetError::ArrowError(e.to_string())))?;
+    for batch in contain::items(reader) {
+        let batch = batch.map_err(|problem| broken(path, row, problem))?;
         take(path, &batch, row, rows)?;
         row += batch.num_rows() as u64;
         let read = (u128::from(bytes) * u128::from(row) / u128::from(total.max(1))) as u64;

@@ -16,3 +16,12 @@ pub use opening::{OpenError, Opening, WayIn};
 pub use service::{AttachPlan, Link, LinkId, Origin, Server, WorkerEvent};
 pub use tls::CertifyError;
 pub use wire::{Outgoing, PairBatch};
+
+/// Decodes a worker's message as the service does, and drops it: for `tests/fuzz`.
+///
+/// # Errors
+/// What is wrong with it.
+#[doc(hidden)]
+pub fn decode(message: drift_proto::v1::WorkerMessage) -> Result<(), String> {
+    wire::incoming(message).map(drop)
+}

@@ -128,6 +128,13 @@ impl Engine {
         let stop = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&stop);
         let thread = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
+            #[cfg(feature = "cuda")]
+            if let Device::Cuda(index) = device
+                && let Err(error) = crate::collective::use_gpu(index)
+            {
+                let _ = replies.send(Reply::Failed(error.to_string()));
+                return;
+            }
             let bench = Bench {
                 device,
                 place,
@@ -307,7 +314,7 @@ impl Bench {
             }
             None => bail!("rank {rank} got no store address"),
         };
-        let group = ProcessGroup::gloo(&store, number, rank, world_size, timeout, HOST)?;
+        let group = ProcessGroup::form(&store, number, rank, world_size, timeout, HOST, self.device)?;
         self.group = Some(group);
         self._store = Some(store);
         Ok(Reply::Done)
@@ -367,6 +374,8 @@ impl Bench {
 
     fn sampler(&mut self) -> Result<&mut Sampler> {
         if self.sampler.is_none() {
+            // Sampling begins an iteration: what trained the last one makes room for the cache.
+            self.trainer()?.end();
             self.sampler = Some(Sampler::new(self.trainer()?.policy())?);
         }
         self.sampler.as_mut().context("no sampler")

@@ -12,3 +12,12 @@ pub use connect::ConnectError;
 pub use device::{DeviceError, choose_device};
 pub use join::{JoinError, JoinOptions};
 pub use stream::{AgentError, AgentOptions, run};
+
+/// Decodes a coordinator's message as the agent does, and drops it: for `tests/fuzz`.
+///
+/// # Errors
+/// What is wrong with it.
+#[doc(hidden)]
+pub fn decode(body: drift_proto::v1::coordinator_message::Body) -> Result<(), String> {
+    wire::command(body).map(drop)
+}

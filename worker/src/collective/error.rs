@@ -2,6 +2,8 @@
 
 use std::io;
 
+use tch::Device;
+
 /// Why a store, a group or an operation failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CollectiveError {
@@ -67,6 +69,20 @@ pub enum CollectiveError {
         share: usize,
         /// Ranks in the group.
         world_size: u32,
+    },
+    /// A device that this build has no backend for.
+    #[error(
+        "no collectives for {0:?} in this build; build the worker with `cargo build --release \
+         --features cuda`"
+    )]
+    NoCuda(Device),
+    /// A GPU does not answer.
+    #[error("use GPU {index}: {text}")]
+    Device {
+        /// Its number among those that this process sees.
+        index: usize,
+        /// CUDA's own words.
+        text: String,
     },
     /// A host name with a zero byte in it.
     #[error("host name {0:?} holds a zero byte")]

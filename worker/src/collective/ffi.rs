@@ -52,6 +52,7 @@ unsafe extern "C" {
         world_size: c_int,
         timeout_ms: i64,
         host: *const c_char,
+        asked: bool,
         error: *mut *mut c_char,
     ) -> *mut GroupHandle;
     pub(super) fn drift_group_free(group: *mut GroupHandle);
@@ -88,6 +89,21 @@ unsafe extern "C" {
     pub(super) fn drift_work_nanoseconds_since_end(work: *const WorkHandle) -> i64;
     pub(super) fn drift_work_wait(work: *const WorkHandle, error: *mut *mut c_char) -> bool;
     pub(super) fn drift_work_free(work: *mut WorkHandle);
+}
+
+#[cfg(feature = "cuda")]
+unsafe extern "C" {
+    pub(super) fn drift_nccl_defaults();
+    pub(super) fn drift_cuda_use(device: c_int, error: *mut *mut c_char) -> bool;
+    pub(super) fn drift_group_nccl(
+        store: *const StoreHandle,
+        prefix: *const c_char,
+        rank: c_int,
+        world_size: c_int,
+        timeout_ms: i64,
+        device: c_int,
+        error: *mut *mut c_char,
+    ) -> *mut GroupHandle;
 }
 
 /// The `at::Tensor` inside a [`Tensor`].

@@ -4,7 +4,7 @@ use std::ffi::{CString, c_int};
 use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::store::{c_string, milliseconds};
 use super::work::{Sum, Work};
@@ -21,11 +21,21 @@ pub struct ProcessGroup {
 // methods of a type that is not `Sync`.
 unsafe impl Send for ProcessGroup {}
 
+/// How the end of an operation is learned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ends {
+    /// The backend's own thread tells.
+    Told,
+    /// It is asked again and again: as over NCCL, and over Gloo in tests.
+    #[cfg_attr(not(test), allow(dead_code))]
+    Asked,
+}
+
 /// Who is speaking, for errors.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Member {
-    rank: u32,
-    world_size: u32,
+    pub(super) rank: u32,
+    pub(super) world_size: u32,
 }
 
 impl Member {
@@ -37,17 +47,42 @@ impl Member {
 }
 
 impl ProcessGroup {
-    /// Forms a group over Gloo, for tensors in CPU memory. Waits until all of
-    /// `world_size` ranks are connected with one another.
+    /// Forms a group for tensors in the memory of `device`: over Gloo for a CPU,
+    /// over NCCL for a GPU. Waits until all of `world_size` ranks are connected
+    /// with one another.
     ///
     /// `number` keeps this group's keys in the store apart from those of
     /// groups before it; all ranks give the same one. `timeout` bounds the
     /// forming and each operation. `host` is an address of this machine, at
-    /// which the other ranks reach it.
+    /// which the other ranks reach it over Gloo; NCCL chooses by itself, or as
+    /// `NCCL_SOCKET_IFNAME` says.
     ///
     /// # Errors
     /// [`CollectiveError::Operation`] where a peer stays away for `timeout`, or
-    /// where `host` is not an address of this machine.
+    /// where `host` is not an address of this machine;
+    /// [`CollectiveError::NoCuda`] for a GPU where this build has no NCCL.
+    pub fn form(
+        store: &Store,
+        number: u64,
+        rank: u32,
+        world_size: u32,
+        timeout: Duration,
+        host: &str,
+        device: Device,
+    ) -> Result<Self, CollectiveError> {
+        match device {
+            Device::Cpu => Self::gloo(store, number, rank, world_size, timeout, host),
+            Device::Cuda(index) => {
+                Self::nccl(store, number, Member { rank, world_size }, timeout, index)
+            }
+            other => Err(CollectiveError::NoCuda(other)),
+        }
+    }
+
+    /// [`Self::form`] over Gloo.
+    ///
+    /// # Errors
+    /// As [`Self::form`].
     pub fn gloo(
         store: &Store,
         number: u64,
@@ -56,8 +91,18 @@ impl ProcessGroup {
         timeout: Duration,
         host: &str,
     ) -> Result<Self, CollectiveError> {
-        let member = Member { rank, world_size };
-        let (c_rank, c_world_size) = c_ranks(rank, world_size)?;
+        Self::gloo_ending(Ends::Told, store, number, Member { rank, world_size }, timeout, host)
+    }
+
+    pub(super) fn gloo_ending(
+        ends: Ends,
+        store: &Store,
+        number: u64,
+        member: Member,
+        timeout: Duration,
+        host: &str,
+    ) -> Result<Self, CollectiveError> {
+        let (rank, world_size) = c_ranks(member.rank, member.world_size)?;
         let prefix = prefix(number);
         let host = c_string(host)?;
         let (handle, text) = ffi::call(|error| {
@@ -66,14 +111,61 @@ impl ProcessGroup {
                 ffi::drift_group_gloo(
                     store.handle(),
                     prefix.as_ptr(),
-                    c_rank,
-                    c_world_size,
+                    rank,
+                    world_size,
                     milliseconds(timeout),
                     host.as_ptr(),
+                    ends == Ends::Asked,
                     error,
                 )
             }
         });
+        Self::from_handle(handle, member, text)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn nccl(
+        store: &Store,
+        number: u64,
+        member: Member,
+        timeout: Duration,
+        index: usize,
+    ) -> Result<Self, CollectiveError> {
+        let (rank, world_size) = c_ranks(member.rank, member.world_size)?;
+        let prefix = prefix(number);
+        let (handle, text) = ffi::call(|error| {
+            // SAFETY: the store's handle is live, the string outlives the call, `error` is valid.
+            unsafe {
+                ffi::drift_group_nccl(
+                    store.handle(),
+                    prefix.as_ptr(),
+                    rank,
+                    world_size,
+                    milliseconds(timeout),
+                    index as c_int,
+                    error,
+                )
+            }
+        });
+        Self::from_handle(handle, member, text)
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn nccl(
+        _: &Store,
+        _: u64,
+        _: Member,
+        _: Duration,
+        index: usize,
+    ) -> Result<Self, CollectiveError> {
+        Err(CollectiveError::NoCuda(Device::Cuda(index)))
+    }
+
+    fn from_handle(
+        handle: *mut ffi::GroupHandle,
+        member: Member,
+        text: Option<String>,
+    ) -> Result<Self, CollectiveError> {
         match NonNull::new(handle) {
             Some(handle) => Ok(Self { handle, member }),
             None => Err(member.failed("form group", text)),
@@ -232,10 +324,32 @@ impl ProcessGroup {
     }
 }
 
+/// Sets what c10d's NCCL backend reads from the environment, where the user has
+/// not: faults are ours to handle, and the flight recorder is on.
+///
+/// To be called at the start of the program, while it has one thread.
+#[cfg(feature = "cuda")]
+pub fn nccl_defaults() {
+    // SAFETY: sets variables of the environment, which no other thread reads meanwhile, as said.
+    unsafe { ffi::drift_nccl_defaults() }
+}
+
+/// Makes GPU `index` the calling thread's own, before anything is allocated.
+///
+/// # Errors
+/// [`CollectiveError::Device`] where it does not answer.
+#[cfg(feature = "cuda")]
+pub fn use_gpu(index: usize) -> Result<(), CollectiveError> {
+    // SAFETY: `error` is valid.
+    let (done, text) = ffi::call(|error| unsafe { ffi::drift_cuda_use(index as c_int, error) });
+    let text = text.unwrap_or_else(ffi::unexplained);
+    if done { Ok(()) } else { Err(CollectiveError::Device { index, text }) }
+}
+
 impl Drop for ProcessGroup {
     fn drop(&mut self) {
-        // SAFETY: the handle came from the bridge and is freed once, here; pending works hold
-        // references of their own.
+        // SAFETY: the handle came from the bridge and is freed once, here; works under way, which
+        // this gives up, hold references of their own.
         unsafe { ffi::drift_group_free(self.handle.as_ptr()) }
     }
 }

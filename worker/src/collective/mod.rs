@@ -25,6 +25,8 @@ mod work;
 
 pub use error::CollectiveError;
 pub use group::ProcessGroup;
+#[cfg(feature = "cuda")]
+pub use group::{nccl_defaults, use_gpu};
 pub use store::Store;
 pub use work::Work;
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, Tensor};
 
+use super::group::{Ends, Member};
 use super::{CollectiveError, ProcessGroup, Store};
 
 const HOST: &str = "127.0.0.1";
@@ -18,9 +19,18 @@ fn on_ranks<const N: usize, R: Send + 'static>(
     generation: u64,
     body: impl Fn(ProcessGroup) -> R + Clone + Send + 'static,
 ) -> [R; N] {
+    on_ranks_ending(Ends::Told, generation, body)
+}
+
+fn on_ranks_ending<const N: usize, R: Send + 'static>(
+    ends: Ends,
+    generation: u64,
+    body: impl Fn(ProcessGroup) -> R + Clone + Send + 'static,
+) -> [R; N] {
     let (store, port) = Store::listen(HOST).unwrap();
     let form = move |store: &Store, rank: usize| {
-        ProcessGroup::gloo(store, generation, rank as u32, N as u32, PATIENCE, HOST).unwrap()
+        let member = Member { rank: rank as u32, world_size: N as u32 };
+        ProcessGroup::gloo_ending(ends, store, generation, member, PATIENCE, HOST).unwrap()
     };
     let others: Vec<_> = (1..N)
         .map(|rank| {
@@ -173,6 +183,80 @@ fn a_work_knows_when_it_ended_however_late_it_is_asked() {
         }
         work.wait().unwrap();
     });
+}
+
+#[test]
+fn operations_that_are_asked_for_their_end_give_the_same() {
+    let results: [_; 3] = on_ranks_ending(Ends::Asked, 1, |group| {
+        let rank = i64::from(group.rank());
+        let sum = ramp(100_003, rank, Kind::Float);
+        let flat = ramp(3 * 70_001, rank, Kind::BFloat16);
+        let received = flat.empty_like();
+        let share = Tensor::empty([70_001], (Kind::Float, Device::Cpu));
+        let whole = Tensor::empty([3 * 1_001], (Kind::Float, Device::Cpu));
+        // All under way at once, and waited for in another order.
+        let all_reduce = group.all_reduce(&sum).unwrap();
+        let reduce_scatter = group.reduce_scatter(&flat, &received, &share).unwrap();
+        let all_gather = group.all_gather(&whole, &ramp(1_001, rank * 7, Kind::Float)).unwrap();
+        assert!(all_gather.ended_within(PATIENCE));
+        assert!(all_gather.interval().is_some());
+        all_gather.wait().unwrap();
+        reduce_scatter.wait().unwrap();
+        all_reduce.wait().unwrap();
+        group.barrier().unwrap();
+        (sum, share, whole)
+    });
+    let shares = (ramp(3 * 70_001, 1, Kind::Float) * 3).split(70_001, 0);
+    let gathered = Tensor::cat(&[0, 7, 14].map(|shift| ramp(1_001, shift, Kind::Float)), 0);
+    for ((sum, share, whole), expected) in results.iter().zip(shares) {
+        assert!(sum.equal(&(ramp(100_003, 1, Kind::Float) * 3)));
+        assert!(share.equal(&expected));
+        assert!(whole.equal(&gathered));
+    }
+}
+
+#[test]
+fn an_operation_that_is_asked_for_its_end_is_given_up_in_time() {
+    let (store, port) = Store::listen(HOST).unwrap();
+    let (done, until_done) = std::sync::mpsc::channel::<()>();
+    let asked = |store: &Store, rank, patience| {
+        let member = Member { rank, world_size: 2 };
+        ProcessGroup::gloo_ending(Ends::Asked, store, 1, member, patience, HOST).unwrap()
+    };
+    let peer = thread::spawn(move || {
+        let _group = asked(&Store::connect(HOST, port, PATIENCE).unwrap(), 1, PATIENCE);
+        let _ = until_done.recv_timeout(PATIENCE);
+    });
+    let group = asked(&store, 0, Duration::from_secs(2));
+    let work = group.all_reduce(&ramp(1_000, 0, Kind::Float)).unwrap();
+    assert!(!work.ended_within(Duration::from_millis(20)));
+    let start = Instant::now();
+    let error = work.wait().unwrap_err();
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+    assert!(error.to_string().starts_with("all_reduce on rank 0 of 2: "), "{error}");
+    drop(done);
+    peer.join().unwrap();
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn without_a_gpu_nccl_says_so() {
+    if tch::Cuda::is_available() {
+        return;
+    }
+    let (store, _) = Store::listen(HOST).unwrap();
+    let error =
+        ProcessGroup::form(&store, 1, 0, 1, PATIENCE, HOST, Device::Cuda(0)).unwrap_err();
+    assert!(error.to_string().contains("no GPUs found"), "{error}");
+}
+
+#[cfg(not(feature = "cuda"))]
+#[test]
+fn a_build_without_nccl_names_the_one_to_take() {
+    let (store, _) = Store::listen(HOST).unwrap();
+    let error =
+        ProcessGroup::form(&store, 1, 0, 1, PATIENCE, HOST, Device::Cuda(0)).unwrap_err();
+    assert!(error.to_string().contains("--features cuda"), "{error}");
 }
 
 #[test]

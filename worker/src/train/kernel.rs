@@ -61,16 +61,25 @@ impl Kernel {
             |x: &Tensor| Ok::<_, TchError>(head_major(x)?.f_detach()?.set_requires_grad(true));
         let leaves = [leaf(&qkv.queries)?, leaf(&qkv.keys)?, leaf(&qkv.values)?];
         let [queries, keys, values] = &leaves;
+        // On a GPU, the flash kernel shares heads but takes no mask, and the memory-efficient one
+        // takes a mask but wants as many heads of keys as of queries: with both, libtorch would
+        // write the scores out.
+        let group = group(qkv);
+        let repeat = mask.is_some() && group > 1;
         let output = tch::with_grad(|| {
+            let spread = |x: &Tensor| match repeat {
+                true => x.f_repeat_interleave_self_int(group, 1, None),
+                false => Ok(x.shallow_clone()),
+            };
             Tensor::f_scaled_dot_product_attention(
                 queries,
-                keys,
-                values,
+                &spread(keys)?,
+                &spread(values)?,
                 mask,
                 0.0,
                 mask.is_none(),
                 None::<f64>,
-                group(qkv) > 1,
+                group > 1 && !repeat,
             )
         })?;
         attended.shallow_clone().f_copy_(&token_major(&output.f_detach()?)?)?;

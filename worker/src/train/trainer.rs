@@ -97,6 +97,11 @@ impl Trainer {
         Ok(())
     }
 
+    /// Drops all that training holds but the weights: whoever trains again begins anew.
+    pub fn end(&mut self) {
+        self.training = None;
+    }
+
     /// What training holds on this rank.
     ///
     /// # Errors
