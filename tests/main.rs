@@ -12,6 +12,7 @@ mod demo;
 mod determinism;
 mod disk;
 mod door;
+mod methods;
 mod model_parity;
 mod recovery;
 mod run;

@@ -7,6 +7,7 @@
 //! | [`domain`] | the words all other modules speak: conversations, pairs, ids |
 //! | [`corpus`] | files of conversations → DSAT samples, SAT samples, seed pairs |
 //! | [`text`] | chat template and tokenizer: conversations → token ids, and back |
+//! | [`method`] | what is sampled, and which reply is preferred |
 //! | [`run`] | the pure state machine, its plans, and the driver that feeds it |
 //! | [`server`] | the gRPC door, and the launcher of local workers |
 //! | [`store`] | the run directory: journal, pairs, checkpoints |
@@ -19,6 +20,7 @@ pub mod commands;
 pub mod config;
 pub mod corpus;
 pub mod domain;
+pub mod method;
 pub mod run;
 pub mod server;
 pub mod store;

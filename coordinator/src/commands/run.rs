@@ -268,7 +268,8 @@ fn read(settings: &Settings, progress: &Progress) -> Result<Inputs> {
         prepare(settings, &model_dir, &mut |path, size, bytes| bar.update(path, size, bytes))?;
     bar.close();
     info!(
-        dsat = prepared.dsat.len(),
+        method = %prepared.method,
+        cases = prepared.cases.len(),
         seeds = prepared.seeds.len(),
         held_out_prompts = prepared.held_out.len(),
         "corpus read"

@@ -15,5 +15,6 @@ pub use settings::{
 pub use table::table;
 pub use types::{
     ByteSize, DType, DeviceChoice, Guidance, HeldOutSetting, LogFormat, Loss, Method, OneOrMany,
-    OptimizerChoice, PoisonShard, Recompute, Reference, Schedule, Sharding, StartWorkers, Tls,
+    OptimizerChoice, Overlong, PoisonShard, Recompute, Reference, Schedule, Sharding, StartWorkers,
+    Tls,
 };
