@@ -2,12 +2,14 @@
 
 mod check;
 mod load;
+mod presets;
 mod settings;
 mod table;
 mod types;
 
 pub use check::{ConfigProblem, Problems};
 pub use load::{Base, ConfigError, DEMO_CONFIG, DEMO_CORPUS, Layers};
+pub use presets::presets;
 pub use settings::{
     DataSettings, LaunchSettings, OptionRow, RunSettings, SamplingSettings, Settings, TextSettings,
     TrainingSettings, options,

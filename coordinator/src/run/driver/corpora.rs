@@ -1,12 +1,13 @@
 //! What the corpus files hold for the run's method.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
 use crate::config::{DEMO_CORPUS, HeldOutSetting, Settings};
 use crate::corpus::{self, Counts, Format, ReadOptions, Record};
 use crate::domain::SeedPair;
+use crate::hub;
 use crate::method::{self, Case};
 use crate::run::plan::keyed_order;
 use crate::text::{HeldOut, HeldOutSet, PromptKey, hold_out};
@@ -16,18 +17,12 @@ use crate::text::{HeldOut, HeldOutSet, PromptKey, hold_out};
 pub struct Corpora {
     /// What replies are drawn for in every iteration.
     pub cases: Vec<Case>,
-    /// How many there were before `data.limit`.
-    pub cases_found: usize,
     /// Pairs of the warm start.
     pub seeds: Vec<SeedPair>,
-    /// How many there were before `data.seed_limit`.
-    pub seeds_found: usize,
     /// Prompts that never train.
     pub held_out: HeldOutSet,
     /// What became of each file's records.
     pub counts: Vec<Counts>,
-    /// Whether the corpus is one of pairs, as UltraFeedback is, and not of conversations.
-    pub is_pairs: bool,
 }
 
 /// Told the file, its size, and the bytes read of it.
@@ -85,7 +80,6 @@ impl Corpora {
         if training.warm_start_epochs == 0 {
             seeds.clear();
         }
-        let (cases_found, seeds_found) = (cases.len(), seeds.len());
         let cases = draw(cases, settings.data.limit, "limit", settings.seed);
         let seeds = draw(seeds, settings.data.seed_limit, "seed limit", settings.seed);
         let held_out = hold_out(
@@ -99,7 +93,7 @@ impl Corpora {
             },
             settings.seed,
         );
-        Ok(Self { cases, cases_found, seeds, seeds_found, held_out, counts, is_pairs })
+        Ok(Self { cases, seeds, held_out, counts })
     }
 }
 
@@ -124,7 +118,7 @@ fn read(
         std::fs::write(&path, DEMO_CORPUS).context("write the built-in corpus")?;
         path
     } else {
-        PathBuf::from(name)
+        hub::local(name)?
     };
     let options = ReadOptions {
         format: named_format(&settings.data.format)?,

@@ -31,8 +31,9 @@ impl Prepared {
         if k.0 == 0 {
             return Ok(text::seed_pairs(&self.text, &self.seeds, self.lengths, &self.held_out)?);
         }
-        let cut =
-            |(k, samples)| Ok((k, text::cut_at_stops(&self.text, samples, &self.stop_strings)?));
+        let cut = |(k, samples): Drawn| -> Result<Drawn> {
+            Ok((k, text::cut_at_stops(&self.text, samples, &self.stop_strings)?))
+        };
         let drawn: Vec<Drawn> = drawn.into_iter().map(cut).collect::<Result<_>>()?;
         let method = method::of(self.method);
         let candidates = method::candidates(method, &self.cases, &drawn, &self.held_out)?;

@@ -110,7 +110,7 @@ pub(crate) fn text_model(settings: &Settings, model_dir: &Path) -> Result<TextMo
 /// Makes the sampling prompts of all cases.
 pub(crate) fn tokenise(settings: &Settings, text: TextModel, corpora: Corpora) -> Result<Prepared> {
     let kinds = method::of(settings.method).prompts(settings.sampling.guidance);
-    let prompt = |case: &Case, kind| {
+    let prompt = |case: &Case, kind| -> Result<Vec<u32>> {
         let messages = case.messages(kind, &settings.text.instruction);
         Ok(text.prompt(&messages, settings.sampling.max_prompt_tokens)?)
     };
