@@ -6,13 +6,17 @@
 
 mod support;
 
+mod compare;
 mod corpus;
 mod damage;
 mod demo;
 mod determinism;
 mod disk;
 mod door;
+mod hub;
+mod methods;
 mod model_parity;
+mod presets;
 mod recovery;
 mod run;
 mod sample_parity;

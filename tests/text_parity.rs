@@ -96,7 +96,13 @@ fn cases() -> Result<Vec<Case>> {
     let mut cases = Vec::new();
     for (number, (messages, dsat)) in picked.into_iter().enumerate() {
         for sample in &dsat {
-            cases.extend(Case::both_ways(guided_messages(sample, DEFAULT_INSTRUCTION)));
+            let guided = guided_messages(
+                &sample.context,
+                &sample.rejected,
+                &sample.feedback,
+                DEFAULT_INSTRUCTION,
+            );
+            cases.extend(Case::both_ways(guided));
         }
         if number % 4 == 0 {
             let mut with_system = vec![Message::new(

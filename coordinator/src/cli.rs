@@ -26,6 +26,8 @@ Examples:
       settings from a file, one of them changed
   coordinator --run-dir runs/first --resume
       go on after the last committed phase
+  coordinator check --config qwen2.5-7b-wildfeedback-drift
+      what the paper's run would do, before it does it
   coordinator data sat_dsat_annotation.json
       what a file holds, and why what was dropped was dropped
   coordinator verify runs/first
@@ -50,6 +52,13 @@ pub struct Cli {
 /// Things to do besides running.
 #[derive(Debug, Subcommand)]
 pub enum Subcommands {
+    /// Tells what a run would do: method, counts, lengths, steps of each iteration,
+    /// learning rates. Downloads nothing, starts nothing, writes nothing.
+    Check(CheckArguments),
+    /// Puts runs side by side, by iteration: loss, margin, accuracy, drift, signal,
+    /// gradient norm, sample length, diversity; as a table, and as plots. Runs may be
+    /// going on.
+    Compare(CompareArguments),
     /// Counts what conversation files hold: DSAT and SAT turns, seed pairs, and
     /// every record dropped, by reason.
     Data(DataArguments),
@@ -59,16 +68,17 @@ pub enum Subcommands {
     Verify(VerifyArguments),
 }
 
-/// Arguments of a run.
+/// What says which settings a run has.
 #[derive(Debug, Args)]
-pub struct RunArguments {
+pub struct SettingsArguments {
     /// Worker processes to start, one per GPU. With --resume: as many as there are
     /// now; the batch of a step stays as it was.
     #[arg(long, value_name = "N")]
     pub workers: Option<u32>,
-    /// TOML file with settings. Without it: the recipe, or with no --corpus either,
-    /// the built-in demo.
-    #[arg(long, value_name = "FILE")]
+    /// TOML file with settings, or the name of settings that are built in, such as
+    /// qwen2.5-7b-wildfeedback-drift. Without it: the recipe, or with no --corpus
+    /// either, the built-in demo.
+    #[arg(long, value_name = "FILE|NAME")]
     pub config: Option<PathBuf>,
     /// Model folder in Hugging Face format, or a name on the hub.
     #[arg(long, value_name = "MODEL")]
@@ -79,6 +89,17 @@ pub struct RunArguments {
     /// Files with seed pairs for the warm start; may be given several times.
     #[arg(long, value_name = "FILE")]
     pub seeds: Vec<String>,
+    /// Set any option, as in --set training.beta=0.2; may be given several times.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+}
+
+/// Arguments of a run.
+#[derive(Debug, Args)]
+pub struct RunArguments {
+    /// Its settings.
+    #[command(flatten)]
+    pub settings: SettingsArguments,
     /// Directory of the run; default runs/NAME-DATE.
     #[arg(long, value_name = "DIR")]
     pub run_dir: Option<PathBuf>,
@@ -89,36 +110,61 @@ pub struct RunArguments {
     /// One line per training step.
     #[arg(long)]
     pub log_steps: bool,
-    /// Set any option, as in --set training.beta=0.2; may be given several times.
-    #[arg(long, value_name = "KEY=VALUE")]
-    pub set: Vec<String>,
     /// Print the settings that result, as TOML, and do nothing else.
     #[arg(long)]
     pub print_config: bool,
 }
 
-impl RunArguments {
+impl SettingsArguments {
     /// Flags as `KEY=VALUE`; `--set` comes last and wins.
     pub fn overrides(&self) -> Vec<String> {
+        self.overrides_with([])
+    }
+
+    /// The same, with others ahead of what `--set` says.
+    fn overrides_with(&self, others: impl IntoIterator<Item = String>) -> Vec<String> {
         let list = |key: &str, values: &[String]| {
             let quoted: Vec<_> =
                 values.iter().map(|v| toml::Value::String(v.clone()).to_string()).collect();
             (!values.is_empty()).then(|| format!("{key}=[{}]", quoted.join(", ")))
         };
-        let text = |key: &str, value: String| format!("{key}={}", toml::Value::String(value));
         [
             self.workers.map(|n| format!("workers={n}")),
             self.model.clone().map(|model| text("model", model)),
             list("corpus", &self.corpus),
             list("seeds", &self.seeds),
-            self.run_dir.as_ref().map(|dir| text("run.dir", dir.display().to_string())),
-            self.log_steps.then(|| "run.log_steps=true".to_owned()),
         ]
         .into_iter()
         .flatten()
+        .chain(others)
         .chain(self.set.iter().cloned())
         .collect()
     }
+}
+
+impl RunArguments {
+    /// Flags as `KEY=VALUE`; `--set` comes last and wins.
+    pub fn overrides(&self) -> Vec<String> {
+        let dir = self.run_dir.as_ref().map(|dir| text("run.dir", dir.display().to_string()));
+        let log_steps = self.log_steps.then(|| "run.log_steps=true".to_owned());
+        self.settings.overrides_with(dir.into_iter().chain(log_steps))
+    }
+}
+
+/// `KEY=VALUE` with a value that is text, whatever stands in it.
+fn text(key: &str, value: String) -> String {
+    format!("{key}={}", toml::Value::String(value))
+}
+
+/// Arguments of `check`.
+#[derive(Debug, Args)]
+pub struct CheckArguments {
+    /// The settings that are looked at.
+    #[command(flatten)]
+    pub settings: SettingsArguments,
+    /// A JSON object, instead of lines and tables.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Arguments of `data`.
@@ -136,6 +182,20 @@ pub struct DataArguments {
     #[arg(long, default_value_t = 0.01, value_name = "SHARE")]
     pub max_malformed: f64,
     /// A JSON array with one object per file, instead of a table.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `compare`.
+#[derive(Debug, Args)]
+pub struct CompareArguments {
+    /// Directories of the runs.
+    #[arg(required = true, value_name = "RUN_DIR")]
+    pub runs: Vec<PathBuf>,
+    /// Also writes compare.svg and compare.png to this folder.
+    #[arg(long, value_name = "DIR")]
+    pub plots: Option<PathBuf>,
+    /// A JSON array with one object per run, instead of a table.
     #[arg(long)]
     pub json: bool,
 }
@@ -182,7 +242,11 @@ mod tests {
         assert!(parsed.is_err());
         let parsed =
             Cli::try_parse_from(["coordinator", "--resume", "--run-dir", "r", "--workers", "3"]);
-        assert_eq!(parsed.unwrap().run.workers, Some(3), "but it may go on with other workers");
+        assert_eq!(
+            parsed.unwrap().run.settings.workers,
+            Some(3),
+            "but it may go on with other workers"
+        );
         assert!(Cli::try_parse_from(["coordinator", "--resume"]).is_err());
     }
 }

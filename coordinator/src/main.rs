@@ -5,12 +5,14 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use drift_coordinator::cli::{Cli, Subcommands};
-use drift_coordinator::commands::{Exit, data, run, verify};
+use drift_coordinator::commands::{Exit, check, compare, data, run, verify};
 use drift_coordinator::config::{ConfigError, Problems};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let ended = match &cli.command {
+        Some(Subcommands::Check(arguments)) => check(arguments).map(|()| Exit::Finished),
+        Some(Subcommands::Compare(arguments)) => compare(arguments).map(|()| Exit::Finished),
         Some(Subcommands::Data(arguments)) => data(arguments).map(|()| Exit::Finished),
         Some(Subcommands::Verify(arguments)) => verify(arguments),
         None => run(&cli.run),

@@ -11,8 +11,9 @@ use tracing::{error, info, warn};
 
 use super::model::find_model;
 use super::reading::ReadingBar;
-use crate::cli::RunArguments;
-use crate::config::{Base, Layers, Settings};
+use crate::cli::{RunArguments, SettingsArguments};
+use crate::config::{Base, ConfigError, Layers, Settings};
+use crate::hub::DatasetFile;
 use crate::run::driver::{Prepared, Session, drive, prepare, salvage, summarise};
 use crate::run::machine::Outcome;
 use crate::store::journal::torn_at;
@@ -44,7 +45,7 @@ pub fn run(arguments: &RunArguments) -> Result<Exit> {
         frozen(dir, arguments)?
     } else {
         let layers = Layers {
-            base: base(arguments),
+            base: base(&arguments.settings)?,
             overrides: arguments.overrides(),
             ignore_environment: false,
         };
@@ -58,7 +59,8 @@ pub fn run(arguments: &RunArguments) -> Result<Exit> {
         _ => settings.check()?,
     }
     // A run that goes on keeps its settings, and its batches with them.
-    let workers = arguments.workers.filter(|_| arguments.resume).unwrap_or(settings.workers);
+    let workers =
+        arguments.settings.workers.filter(|_| arguments.resume).unwrap_or(settings.workers);
     Settings { workers, ..settings.clone() }.check()?;
     if arguments.print_config {
         print(&settings.to_toml()?)?;
@@ -113,11 +115,11 @@ pub fn run(arguments: &RunArguments) -> Result<Exit> {
 }
 
 /// A file that is named; the recipe for whoever brings data; else the demo.
-fn base(arguments: &RunArguments) -> Base {
+pub(super) fn base(arguments: &SettingsArguments) -> Result<Base, ConfigError> {
     match &arguments.config {
-        Some(path) => Base::File(path.clone()),
-        None if arguments.corpus.is_empty() => Base::Demo,
-        None => Base::Recipe,
+        Some(name) => Base::named(name),
+        None if arguments.corpus.is_empty() => Ok(Base::Demo),
+        None => Ok(Base::Recipe),
     }
 }
 
@@ -162,9 +164,10 @@ fn complete(settings: &mut Settings, arguments: &RunArguments) -> Result<()> {
         settings.text.today = now.date().to_string();
     }
     if settings.run.dir.is_empty() {
-        let name = match base(arguments) {
+        let name = match base(&arguments.settings)? {
             Base::Demo => "demo".to_owned(),
             Base::Recipe => "drift".to_owned(),
+            Base::Preset(name) => name,
             Base::File(path) => path.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
         };
         settings.run.dir = format!("runs/{name}-{}", now.strftime("%Y%m%d-%H%M%S"));
@@ -174,7 +177,7 @@ fn complete(settings: &mut Settings, arguments: &RunArguments) -> Result<()> {
         settings.model = std::path::absolute(&settings.model)?.display().to_string();
     }
     for name in settings.corpus.0.iter_mut().chain(&mut settings.seeds.0) {
-        if name != "demo" {
+        if name != "demo" && DatasetFile::parse(name)?.is_none() {
             *name = std::path::absolute(&*name)?.display().to_string();
         }
     }
@@ -262,13 +265,19 @@ const INPUTS: &str = "inputs";
 
 /// Finds the model, and reads and tokenises the corpora.
 fn read(settings: &Settings, progress: &Progress) -> Result<Inputs> {
-    let model_dir = find_model(settings)?;
+    let model_dir = find_model(settings, progress)?;
+    for name in settings.corpus.0.iter().chain(&settings.seeds.0) {
+        if let Some(file) = DatasetFile::parse(name)? {
+            file.fetch(progress)?;
+        }
+    }
     let mut bar = ReadingBar::new(progress);
     let prepared =
         prepare(settings, &model_dir, &mut |path, size, bytes| bar.update(path, size, bytes))?;
     bar.close();
     info!(
-        dsat = prepared.dsat.len(),
+        method = %prepared.method,
+        cases = prepared.cases.len(),
         seeds = prepared.seeds.len(),
         held_out_prompts = prepared.held_out.len(),
         "corpus read"

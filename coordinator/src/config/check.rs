@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 
 use tokio_rustls::rustls::pki_types::ServerName;
 
-use super::{Loss, OptimizerChoice, Recompute, Settings, StartWorkers};
+use super::{Guidance, Loss, Method, OptimizerChoice, Recompute, Settings, StartWorkers};
 
 /// One setting that cannot be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -140,6 +140,16 @@ impl Settings {
             training.epochs > 0 || training.iterations == 0,
             &["training.epochs"],
             "an iteration needs at least one epoch".into(),
+        );
+        require(
+            training.pair_iterations > 0,
+            &["training.pair_iterations"],
+            "an iteration needs pairs of its own; take 1, or 2 for those before it too".into(),
+        );
+        require(
+            self.method != Method::IterDpo || sampling.guidance == Guidance::On,
+            &["method", "sampling.guidance"],
+            "\"iter-dpo\" prefers the guided reply to the unguided one, and two unguided ones need a reward model, which there is none yet; take guidance = \"on\", or method = \"drift\"".into(),
         );
         require(
             training.pairs_per_worker > 0,
@@ -296,6 +306,11 @@ mod tests {
             })
             .is_empty()
         );
+        let unguided: fn(&mut Settings) = |s| {
+            s.method = Method::IterDpo;
+            s.sampling.guidance = Guidance::Off;
+        };
+        assert_eq!(keys(unguided), [["method", "sampling.guidance"]]);
         let decayed = ["training.weight_decay", "training.optimizer"];
         assert_eq!(keys(|s| s.training.weight_decay = 0.01), [decayed]);
         let empty: fn(&mut Settings) = |s| s.sampling.stop_strings = vec!["###".into(), "".into()];

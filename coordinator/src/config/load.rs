@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use config::{Config, Environment, File, FileFormat};
 
 use super::Settings;
+use super::presets::{preset, presets};
 
 /// What runs when neither settings nor data are named: `configs/demo.toml`, built in.
 pub const DEMO_CONFIG: &str = include_str!("../../../configs/demo.toml");
@@ -16,13 +17,35 @@ pub const DEMO_CORPUS: &[u8] = include_bytes!("../../../configs/demo/corpus.json
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("read {}: {cause}; name a TOML file with --config", path.display())]
+    #[error("read {}: {cause}; name a TOML file with --config, or settings that are built in: {}", path.display(), names())]
     Read {
         /// The file.
         path: PathBuf,
         /// Why.
         cause: std::io::Error,
     },
+    /// The file is no TOML.
+    #[error("{file}: {cause}")]
+    Syntax {
+        /// The file.
+        file: String,
+        /// Where, and why.
+        cause: Box<toml::de::Error>,
+    },
+    /// What a file extends is not there.
+    #[error(
+        "{file}: extends {extends:?}, expected a TOML file beside it, or settings that are built in: {}",
+        names()
+    )]
+    Extends {
+        /// The file.
+        file: String,
+        /// What it names.
+        extends: String,
+    },
+    /// Files extend each other in a circle.
+    #[error("{0}: extends itself, by way of what it extends")]
+    Circle(String),
     /// A layer does not fit the settings.
     #[error("{layers}: {cause}; the README lists every option, --print-config shows the result")]
     Fit {
@@ -45,6 +68,88 @@ pub enum Base {
     Recipe,
     /// A file.
     File(PathBuf),
+    /// Settings that are built in, by their name.
+    Preset(String),
+}
+
+impl Base {
+    /// A file where there is one, else the settings that are built in under that name.
+    ///
+    /// # Errors
+    /// [`ConfigError::Read`] where there is neither.
+    pub fn named(name: &Path) -> Result<Self, ConfigError> {
+        match (std::fs::metadata(name), name.to_str().filter(|name| preset(name).is_some())) {
+            (Err(_), Some(name)) => {
+                Ok(Self::Preset(name.strip_suffix(".toml").unwrap_or(name).to_owned()))
+            }
+            (Err(cause), None) => Err(ConfigError::Read { path: name.to_owned(), cause }),
+            (Ok(_), _) => Ok(Self::File(name.to_owned())),
+        }
+    }
+}
+
+/// What is built in, for messages.
+fn names() -> String {
+    presets().collect::<Vec<_>>().join(", ")
+}
+
+/// A file's settings, and what it extends.
+#[derive(Debug)]
+struct Source {
+    /// For messages.
+    name: String,
+    /// Where relative paths begin.
+    folder: PathBuf,
+    table: toml::Table,
+    extends: Option<String>,
+}
+
+impl Source {
+    fn of(name: String, folder: PathBuf, text: &str) -> Result<Self, ConfigError> {
+        let mut table: toml::Table = text
+            .parse()
+            .map_err(|cause| ConfigError::Syntax { file: name.clone(), cause: Box::new(cause) })?;
+        let extends = match table.remove("extends") {
+            None => None,
+            Some(toml::Value::String(extends)) => Some(extends),
+            Some(other) => {
+                return Err(ConfigError::Extends { file: name, extends: other.to_string() });
+            }
+        };
+        Ok(Self { name, folder, table, extends })
+    }
+
+    fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|cause| ConfigError::Read { path: path.to_owned(), cause })?;
+        let folder = path.parent().unwrap_or(Path::new("")).to_owned();
+        Self::of(path.display().to_string(), folder, &text)
+    }
+
+    /// The settings that this one extends: a file beside it, or built in.
+    fn parent(&self) -> Result<Option<Self>, ConfigError> {
+        let Some(extends) = &self.extends else { return Ok(None) };
+        let path = self.folder.join(extends);
+        if path.is_file() {
+            return Self::read(&path).map(Some);
+        }
+        let no_such = || ConfigError::Extends { file: self.name.clone(), extends: extends.clone() };
+        let text = preset(extends).ok_or_else(no_such)?;
+        Self::of(extends.clone(), PathBuf::new(), text).map(Some)
+    }
+
+    /// This one and all that it extends, lowest first.
+    fn chain(self) -> Result<Vec<Self>, ConfigError> {
+        let mut chain = vec![self];
+        while let Some(parent) = chain[chain.len() - 1].parent()? {
+            if chain.iter().any(|source| source.name == parent.name) {
+                return Err(ConfigError::Circle(parent.name));
+            }
+            chain.push(parent);
+        }
+        chain.reverse();
+        Ok(chain)
+    }
 }
 
 /// The layers above the recipe's defaults, lowest first.
@@ -61,17 +166,19 @@ pub struct Layers {
 impl Layers {
     /// Reads the layers and joins them.
     pub fn load(&self) -> Result<Settings, ConfigError> {
-        let (name, text) = match &self.base {
-            Base::File(path) => (
-                path.display().to_string(),
-                std::fs::read_to_string(path)
-                    .map_err(|cause| ConfigError::Read { path: path.clone(), cause })?,
-            ),
-            Base::Demo => ("the embedded demo".to_owned(), DEMO_CONFIG.to_owned()),
-            Base::Recipe => ("the recipe".to_owned(), String::new()),
+        let built_in = |name: &str, text| Source::of(name.to_owned(), PathBuf::new(), text);
+        let source = match &self.base {
+            Base::File(path) => Source::read(path)?,
+            Base::Preset(name) => built_in(name, preset(name).unwrap_or_default())?,
+            Base::Demo => built_in("the embedded demo", DEMO_CONFIG)?,
+            Base::Recipe => built_in("the recipe", "")?,
         };
-        let mut layers = name;
-        let mut builder = Config::builder().add_source(File::from_str(&text, FileFormat::Toml));
+        let mut layers = source.name.clone();
+        let mut builder = Config::builder();
+        for source in source.chain()? {
+            let text = source.table.to_string();
+            builder = builder.add_source(File::from_str(&text, FileFormat::Toml));
+        }
         if !self.ignore_environment {
             layers.push_str(", DRIFT__… environment");
             builder = builder.add_source(
@@ -145,6 +252,37 @@ mod tests {
         assert_eq!(settings.training.beta, 0.25);
         assert_eq!(settings.model, "org/name");
         assert_eq!(settings.corpus, OneOrMany(vec!["a".into(), "b".into()]));
+    }
+
+    #[test]
+    fn a_file_wins_over_what_it_extends_and_names_what_is_not_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let load = |path: PathBuf| {
+            let base = Base::named(&path).unwrap();
+            Layers { base, overrides: Vec::new(), ignore_environment: true }.load()
+        };
+        write("base.toml", "extends = \"demo\"\n[training]\nbeta = 0.5\niterations = 7\n");
+        let mine = write("mine.toml", "extends = \"base.toml\"\n[training]\niterations = 3\n");
+        let settings = load(mine).unwrap();
+        assert_eq!((settings.training.beta, settings.training.iterations), (0.5, 3));
+        assert_eq!(settings.corpus.0, ["demo"], "what neither says is the demo's");
+
+        let message = |path: PathBuf| load(path).unwrap_err().to_string();
+        let lost = message(write("lost.toml", "extends = \"nothing\"\n"));
+        assert!(lost.contains("lost.toml") && lost.contains("\"nothing\""), "{lost}");
+        assert!(lost.contains("qwen2.5-7b-wildfeedback-drift,"), "{lost}");
+        write("one.toml", "extends = \"two.toml\"\n");
+        let circle = message(write("two.toml", "extends = \"one.toml\"\n"));
+        assert!(circle.contains("extends itself"), "{circle}");
+        let syntax = message(write("syntax.toml", "model = \"a\"\nseed 3\n"));
+        assert!(syntax.contains("syntax.toml") && syntax.contains("line 2"), "{syntax}");
+        let none = Base::named("qwen".as_ref()).unwrap_err().to_string();
+        assert!(none.contains("read qwen") && none.contains("paper, "), "{none}");
     }
 
     #[test]

@@ -2,12 +2,14 @@
 
 mod check;
 mod load;
+mod presets;
 mod settings;
 mod table;
 mod types;
 
 pub use check::{ConfigProblem, Problems};
 pub use load::{Base, ConfigError, DEMO_CONFIG, DEMO_CORPUS, Layers};
+pub use presets::presets;
 pub use settings::{
     DataSettings, LaunchSettings, OptionRow, RunSettings, SamplingSettings, Settings, TextSettings,
     TrainingSettings, options,
@@ -15,5 +17,6 @@ pub use settings::{
 pub use table::table;
 pub use types::{
     ByteSize, DType, DeviceChoice, Guidance, HeldOutSetting, LogFormat, Loss, Method, OneOrMany,
-    OptimizerChoice, PoisonShard, Recompute, Reference, Schedule, Sharding, StartWorkers, Tls,
+    OptimizerChoice, Overlong, PoisonShard, Recompute, Reference, Schedule, Sharding, StartWorkers,
+    Tls,
 };

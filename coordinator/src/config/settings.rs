@@ -5,7 +5,8 @@ use serde::{Deserialize, Serialize};
 
 use super::types::{
     ByteSize, DType, DeviceChoice, Guidance, HeldOutSetting, LogFormat, Loss, Method, OneOrMany,
-    OptimizerChoice, PoisonShard, Recompute, Reference, Schedule, Sharding, StartWorkers, Tls,
+    OptimizerChoice, Overlong, PoisonShard, Recompute, Reference, Schedule, Sharding, StartWorkers,
+    Tls,
 };
 use crate::text::DEFAULT_INSTRUCTION;
 
@@ -74,10 +75,13 @@ settings! {
         format: String = "auto".to_owned();
         /// Share of malformed records above which a file is refused.
         max_malformed: f64 = 0.01;
-        /// Use at most this many DSAT samples, by a seeded draw (0: all).
+        /// Use at most this many of what the method trains on (DSAT turns, SAT turns,
+        /// or pairs), by a seeded draw (0: all).
         limit: usize = 0;
-        /// Prompts held out of training for evaluation, of the seed pairs and of
-        /// the DSAT samples each: a count (`100`) or a share (`0.05`); a fifth of
+        /// Use at most this many seed pairs, by a seeded draw (0: all).
+        seed_limit: usize = 0;
+        /// Prompts held out of training for evaluation, of the seed pairs and of what
+        /// the method trains on each: a count (`100`) or a share (`0.05`); a fifth of
         /// them at most.
         held_out: HeldOutSetting = HeldOutSetting::Pairs(100);
     }
@@ -97,6 +101,9 @@ settings! {
         max_length: usize = 2048;
         /// Tokens of a training prompt; the end is kept.
         max_prompt_tokens: usize = 1024;
+        /// What becomes of a pair that is longer: `cut`, as the recipe has it, or
+        /// `drop`, which leaves it out and counts it.
+        overlong: Overlong = Overlong::Cut;
     }
 }
 
@@ -125,9 +132,11 @@ settings! {
         /// Tokens of a sampling prompt; the end is kept.
         max_prompt_tokens: usize = 2048;
         /// `on`: sample from the whole conversation with the complaint and the
-        /// instruction; `off`: from the bare prompt.
+        /// instruction; `off`: from the bare prompt. SPIN and corpora of pairs, which
+        /// hold no complaints, take the bare prompt always.
         guidance: Guidance = Guidance::On;
-        /// Prompts that are handed to a worker together, and recorded together, at most.
+        /// Prompts that are handed to a worker together, each with all its samples, and
+        /// recorded together, at most.
         shard_prompts: usize = 64;
         /// Replies that a worker has in the making at once, at most.
         max_rows: u32 = 64;
@@ -142,12 +151,15 @@ settings! {
 settings! {
     /// The recipe: defaults are the paper's published ones.
     TrainingSettings("training") {
-        /// DRIFT iterations after the warm start (K).
+        /// Iterations after the warm start (K).
         iterations: u32 = 2;
         /// Epochs over the seed pairs in the warm start; 0 skips it.
         warm_start_epochs: u32 = 3;
         /// Epochs over each iteration's pairs.
         epochs: u32 = 1;
+        /// Iterations whose samples an iteration's pairs are made of: 1, its own; 2, those
+        /// of the iteration before it too, as SPIN's authors do.
+        pair_iterations: u32 = 1;
         /// Pairs of one optimiser step for each worker that the run begins with; the
         /// step's pairs are dealt out so that workers have like work.
         pairs_per_worker: usize = 4;
@@ -291,7 +303,8 @@ settings! {
         corpus: OneOrMany = OneOrMany::default();
         /// Files with seed pairs for the warm start; empty: those found in the corpus.
         seeds: OneOrMany = OneOrMany::default();
-        /// What is sampled, and what becomes chosen and rejected: `drift`.
+        /// What is sampled, and what becomes chosen and rejected: `drift`, `spin` or
+        /// `iter-dpo`.
         method: Method = Method::Drift;
         /// Seed of every draw.
         seed: u64 = 42;

@@ -20,6 +20,30 @@ choice! {
     Method {
         /// Chosen: a fresh sample. Rejected: the reply that disappointed.
         Drift = "drift",
+        /// Chosen: the reply that satisfied. Rejected: a fresh sample.
+        Spin = "spin",
+        /// Chosen: a guided sample. Rejected: an unguided one.
+        IterDpo = "iter-dpo",
+    }
+}
+
+impl fmt::Display for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Drift => "drift",
+            Self::Spin => "spin",
+            Self::IterDpo => "iter-dpo",
+        })
+    }
+}
+
+choice! {
+    /// What becomes of a pair that is longer than the bounds on tokens.
+    Overlong {
+        /// Prompts lose their start, replies their end.
+        Cut = "cut",
+        /// It is left out, and counted.
+        Drop = "drop",
     }
 }
 

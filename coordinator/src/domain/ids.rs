@@ -22,7 +22,7 @@ macro_rules! id {
 }
 
 id!(
-    /// A sampling prompt: the index of its DSAT sample in the run's corpus.
+    /// What replies are drawn for: the index of a case of the run's corpus.
     PromptId(u64)
 );
 id!(

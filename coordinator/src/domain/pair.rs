@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Message, Origin, PairId, PromptId};
+use super::{Iteration, Message, Origin, PairId, PromptId};
 
 /// Why a sampled reply ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -14,7 +14,7 @@ pub enum FinishReason {
     Length,
 }
 
-/// A reply drawn from the current policy, keyed by (iteration, prompt, index).
+/// A reply drawn from the current policy. In the run its key is (iteration, prompt, index).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sample {
     /// The prompt it answers.
@@ -56,8 +56,10 @@ pub enum Side {
         /// Which record.
         origin: Origin,
     },
-    /// A sample of the current policy.
+    /// A sample of the policy.
     Sample {
+        /// The iteration that drew it.
+        iteration: Iteration,
         /// The prompt it answers.
         prompt: PromptId,
         /// Which of its samples.

@@ -5,6 +5,7 @@
 
 pub mod command;
 pub mod driver;
+pub mod forecast;
 pub mod health;
 pub mod machine;
 pub mod metrics;

@@ -46,7 +46,7 @@ pub enum Outgoing {
         /// Any of these ends a reply.
         stop_ids: Vec<u32>,
         /// Prompts with their token ids.
-        prompts: Vec<(PromptId, Vec<u32>)>,
+        prompts: Vec<(PromptId, u32, Vec<u32>)>,
     },
     /// Score pairs.
     Score {
@@ -122,9 +122,9 @@ impl From<Outgoing> for pb::CoordinatorMessage {
                     }),
                     prompts: prompts
                         .into_iter()
-                        .map(|(prompt, tokens)| pb::SamplePrompt {
+                        .map(|(prompt, index, tokens)| pb::SamplePrompt {
                             prompt: prompt.0,
-                            index: 0,
+                            index,
                             tokens,
                         })
                         .collect(),

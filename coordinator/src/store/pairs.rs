@@ -38,7 +38,7 @@ use crate::contain::{self, contained};
 use crate::domain::{Message, PairId, PairRow, Role, Side, TokenPair};
 
 /// Says what wrote the file; raised with its columns, not with the program.
-const CREATED_BY: &str = "drift version 1 (build pairs)";
+const CREATED_BY: &str = "drift version 2 (build pairs)";
 /// Rows in a row group: what is in memory at once while reading and writing.
 const GROUP_ROWS: usize = 1024;
 const REMEDY: &str = "restore it from a backup, or start again in a new --run-dir";

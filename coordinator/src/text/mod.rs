@@ -29,7 +29,5 @@ pub use error::TextError;
 pub use files::CheckpointFile;
 pub use held_out::{HeldOut, HeldOutSet, PromptKey, hold_out};
 pub use model::{DEFAULT_INSTRUCTION, TextModel, TextOptions, guided_messages};
-pub use pairs::{
-    Candidate, DropReason, Lengths, PairCounts, Reply, build_pairs, drift_pairs, seed_pairs,
-};
+pub use pairs::{Candidate, DropReason, Lengths, PairCounts, Reply, build_pairs, seed_pairs};
 pub use stops::cut_at_stops;

@@ -10,7 +10,7 @@ use super::files::{CheckpointFile, carried};
 use super::python;
 use super::special::{SpecialTokens, configured_stop_ids};
 use super::template::{self, ChatTemplate};
-use crate::domain::{DsatSample, FinishReason, Message, Role, Sample};
+use crate::domain::{FinishReason, Message, Role, Sample};
 
 /// What is appended to the dissatisfied turn of a guided prompt, unless the
 /// settings say otherwise.
@@ -184,21 +184,6 @@ impl TextModel {
         Ok(keep_end(ids, max_tokens))
     }
 
-    /// Token ids of the whole conversation, the disappointing reply and the
-    /// dissatisfied turn included, plus `instruction` to do better; too long,
-    /// their end is kept. See [`guided_messages`].
-    ///
-    /// # Errors
-    /// As [`apply_chat_template`](Self::apply_chat_template).
-    pub fn guided_prompt(
-        &self,
-        sample: &DsatSample,
-        instruction: &str,
-        max_tokens: usize,
-    ) -> Result<Vec<u32>, TextError> {
-        self.prompt(&guided_messages(sample, instruction), max_tokens)
-    }
-
     /// A reply as it is handed to the tokenizer: without the surrounding white
     /// space, if the template strips it.
     pub(crate) fn reply_text<'a>(&self, text: &'a str) -> &'a str {
@@ -251,13 +236,18 @@ impl TextModel {
 /// blank line. The instruction shares that turn, and no system message is
 /// invented, because there are templates that insist on alternating roles and
 /// templates that take no system message.
-pub fn guided_messages(sample: &DsatSample, instruction: &str) -> Vec<Message> {
-    let mut messages = sample.context.clone();
-    messages.push(Message::new(Role::Assistant, sample.rejected.clone()));
-    let turn = match (sample.feedback.trim().is_empty(), instruction.is_empty()) {
+pub fn guided_messages(
+    context: &[Message],
+    reply: &str,
+    feedback: &str,
+    instruction: &str,
+) -> Vec<Message> {
+    let mut messages = context.to_vec();
+    messages.push(Message::new(Role::Assistant, reply));
+    let turn = match (feedback.trim().is_empty(), instruction.is_empty()) {
         (true, _) => instruction.to_owned(),
-        (false, true) => sample.feedback.clone(),
-        (false, false) => format!("{}\n\n{instruction}", sample.feedback),
+        (false, true) => feedback.to_owned(),
+        (false, false) => format!("{feedback}\n\n{instruction}"),
     };
     messages.push(Message::new(Role::User, turn));
     messages
@@ -291,7 +281,7 @@ mod tests {
         write_json,
     };
     use super::*;
-    use crate::domain::{Origin, PromptId};
+    use crate::domain::PromptId;
 
     fn turn(text: &str) -> Vec<Message> {
         vec![Message::new(Role::User, text)]
@@ -299,15 +289,6 @@ mod tests {
 
     fn drawn(tokens: Vec<u32>, finish: FinishReason) -> Sample {
         Sample { prompt: PromptId(0), index: 0, tokens, finish }
-    }
-
-    fn dsat(feedback: &str) -> DsatSample {
-        DsatSample {
-            context: turn("w1"),
-            rejected: "w2".to_owned(),
-            feedback: feedback.to_owned(),
-            origin: Origin { file: "corpus.json".to_owned(), record: 0 },
-        }
     }
 
     #[test]
@@ -367,13 +348,15 @@ mod tests {
 
     #[test]
     fn guidance_shares_the_dissatisfied_turn() {
-        let messages = guided_messages(&dsat("w3"), "w4");
+        let guided =
+            |feedback, instruction| guided_messages(&turn("w1"), "w2", feedback, instruction);
+        let messages = guided("w3", "w4");
         let roles: Vec<Role> = messages.iter().map(|message| message.role).collect();
         assert_eq!(roles, [Role::User, Role::Assistant, Role::User]);
         assert_eq!(messages[2].content, "w3\n\nw4");
-        assert_eq!(guided_messages(&dsat(" "), "w4")[2].content, "w4");
-        assert_eq!(guided_messages(&dsat("w3"), "")[2].content, "w3");
-        let ids = model().guided_prompt(&dsat("w3"), "w4", 100).unwrap();
+        assert_eq!(guided(" ", "w4")[2].content, "w4");
+        assert_eq!(guided("w3", "")[2].content, "w3");
+        let ids = model().prompt(&messages, 100).unwrap();
         let expected = [USER, word(1), ASSISTANT, word(2), END, USER, word(3), word(4), ASSISTANT];
         assert_eq!(ids, expected);
     }

@@ -9,8 +9,9 @@ use super::error::TextError;
 use super::held_out::HeldOutSet;
 use super::model::{TextModel, keep_end};
 use super::python;
+use crate::config::Overlong;
 use crate::domain::{
-    DsatSample, Message, Origin, PairId, PairRow, PromptId, Sample, SeedPair, Side, TokenPair,
+    Iteration, Message, Origin, PairId, PairRow, Sample, SeedPair, Side, TokenPair,
 };
 
 /// Candidates that are rendered and encoded together; bounds the memory of texts.
@@ -23,6 +24,8 @@ pub struct Lengths {
     pub max_length: usize,
     /// The prompt alone; its end is kept.
     pub max_prompt: usize,
+    /// What becomes of a pair with a longer prompt or reply.
+    pub overlong: Overlong,
 }
 
 /// One side of a pair before it is tokenised.
@@ -35,8 +38,13 @@ pub enum Reply<'a> {
         /// The record it stands in.
         origin: &'a Origin,
     },
-    /// A sample of the current policy: its ids are kept as they were drawn.
-    Drawn(&'a Sample),
+    /// A sample of the policy: its ids are kept as they were drawn.
+    Drawn {
+        /// The iteration that drew it.
+        iteration: Iteration,
+        /// The sample.
+        sample: &'a Sample,
+    },
 }
 
 /// A pair to be: two replies to one prompt.
@@ -68,48 +76,6 @@ pub fn seed_pairs(
             rejected: Reply::Corpus { text: &pair.rejected, origin: &pair.origin },
         })
         .collect();
-    build_pairs(text, &candidates, lengths, held_out)
-}
-
-/// An iteration's pairs: the fresh sample over the reply that disappointed,
-/// both as answers to x (not to the guided prompt), in order of prompt and
-/// sample index, whatever the order of `samples`.
-///
-/// # Errors
-/// [`TextError::UnknownPrompt`] and [`TextError::DuplicateSample`] for samples
-/// that do not belong to `corpus`; otherwise as [`build_pairs`].
-pub fn drift_pairs(
-    text: &TextModel,
-    corpus: &[DsatSample],
-    samples: &[Sample],
-    lengths: Lengths,
-    held_out: &HeldOutSet,
-) -> Result<(Vec<PairRow>, PairCounts), TextError> {
-    let mut ordered: Vec<&Sample> = samples.iter().collect();
-    ordered.sort_by_key(|sample| (sample.prompt, sample.index));
-    if let Some(twice) = ordered
-        .windows(2)
-        .find(|pair| (pair[0].prompt, pair[0].index) == (pair[1].prompt, pair[1].index))
-    {
-        return Err(TextError::DuplicateSample { prompt: twice[0].prompt, index: twice[0].index });
-    }
-    let candidates = ordered
-        .into_iter()
-        .map(|sample| {
-            let PromptId(number) = sample.prompt;
-            let dsat = usize::try_from(number).ok().and_then(|number| corpus.get(number));
-            let dsat = dsat.ok_or(TextError::UnknownPrompt {
-                prompt: sample.prompt,
-                index: sample.index,
-                prompts: corpus.len(),
-            })?;
-            Ok(Candidate {
-                context: &dsat.context,
-                chosen: Reply::Drawn(sample),
-                rejected: Reply::Corpus { text: &dsat.rejected, origin: &dsat.origin },
-            })
-        })
-        .collect::<Result<Vec<_>, TextError>>()?;
     build_pairs(text, &candidates, lengths, held_out)
 }
 
@@ -194,7 +160,7 @@ fn responses<'a>(
         .clone()
         .filter_map(|reply| match reply {
             Reply::Corpus { text: words, .. } => Some(text.reply_text(words)),
-            Reply::Drawn(_) => None,
+            Reply::Drawn { .. } => None,
         })
         .collect();
     let mut encoded = text.encode_all(&words)?.into_iter();
@@ -204,7 +170,7 @@ fn responses<'a>(
                 text: words.to_owned(),
                 ids: text.closed(encoded.next().unwrap_or_default(), true, usize::MAX),
             }),
-            Reply::Drawn(sample) => {
+            Reply::Drawn { sample, .. } => {
                 let ids = text.sampled_response(sample, usize::MAX);
                 Ok(Response { text: text.decode(&ids)?, ids })
             }
@@ -253,20 +219,30 @@ fn cut(
     if tokens.chosen == tokens.rejected {
         return Err(DropReason::EqualSides);
     }
-    Ok(CutPair {
+    let pair = CutPair {
         prompt_cut: tokens.prompt.len() < prompt_len,
         chosen_cut: tokens.chosen.len() < chosen.ids.len(),
         rejected_cut: tokens.rejected.len() < rejected.ids.len(),
         tokens,
-    })
+    };
+    match lengths.overlong {
+        Overlong::Cut => Ok(pair),
+        Overlong::Drop if pair.prompt_cut => Err(DropReason::OverlongPrompt),
+        Overlong::Drop if pair.chosen_cut => Err(DropReason::OverlongChosen),
+        Overlong::Drop if pair.rejected_cut => Err(DropReason::OverlongRejected),
+        Overlong::Drop => Ok(pair),
+    }
 }
 
 fn side(reply: Reply<'_>) -> Side {
     match reply {
         Reply::Corpus { origin, .. } => Side::Corpus { origin: origin.clone() },
-        Reply::Drawn(sample) => {
-            Side::Sample { prompt: sample.prompt, index: sample.index, finish: sample.finish }
-        }
+        Reply::Drawn { iteration, sample } => Side::Sample {
+            iteration,
+            prompt: sample.prompt,
+            index: sample.index,
+            finish: sample.finish,
+        },
     }
 }
 

@@ -24,6 +24,13 @@ pub enum Activity {
         /// Its length.
         bytes: u64,
     },
+    /// A file comes from the hub.
+    Downloading {
+        /// Its name.
+        file: String,
+        /// Its length.
+        bytes: u64,
+    },
     /// Files are read and compared with their hashes.
     Checking {
         /// The folder.
@@ -73,6 +80,7 @@ impl Activity {
     pub fn title(&self) -> String {
         let (iteration, doing) = match self {
             Self::Reading { file, .. } => return format!("reading {file}"),
+            Self::Downloading { file, .. } => return format!("downloading {file}"),
             Self::Checking { what, .. } => return format!("checking {what}"),
             Self::Sampling { iteration, .. } => (iteration, "sampling"),
             Self::Scoring { iteration, .. } => (iteration, "scoring"),
@@ -86,6 +94,7 @@ impl Activity {
     fn total(&self) -> u64 {
         match self {
             Self::Reading { bytes, .. }
+            | Self::Downloading { bytes, .. }
             | Self::Checking { bytes, .. }
             | Self::Publishing { bytes, .. } => *bytes,
             Self::Sampling { replies, .. } => *replies,
@@ -98,6 +107,7 @@ impl Activity {
     fn amount(&self, done: u64) -> String {
         let (total, unit) = match self {
             Self::Reading { bytes, .. }
+            | Self::Downloading { bytes, .. }
             | Self::Checking { bytes, .. }
             | Self::Publishing { bytes, .. } => {
                 return format!("{} of {}", format::bytes(done), format::bytes(*bytes));
@@ -112,7 +122,10 @@ impl Activity {
     /// `61.3 tokens/s`.
     fn rate(&self, gauge: &Gauge) -> String {
         match self {
-            Self::Reading { .. } | Self::Checking { .. } | Self::Publishing { .. } => {
+            Self::Reading { .. }
+            | Self::Downloading { .. }
+            | Self::Checking { .. }
+            | Self::Publishing { .. } => {
                 format!("{}/s", format::bytes(gauge.per_second() as u64))
             }
             Self::Sampling { .. } => format!("{} tokens/s", format::rate(gauge.work_per_second())),

@@ -19,7 +19,7 @@ pub struct RunSummary {
     pub drift_version: String,
     /// The model it began with, as configured.
     pub base_model: String,
-    /// `drift`, `spin` or `iterdpo`.
+    /// `drift`, `spin` or `iter-dpo`.
     pub method: String,
     /// Workers at its end.
     pub workers: u32,

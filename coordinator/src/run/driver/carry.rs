@@ -10,7 +10,7 @@ use super::{
     Command, Driver, Effect, Event, Finished, Iteration, ModelSource, PairRef, Rank, SnapshotId,
     fault, publish, unix_seconds,
 };
-use crate::domain::{Epoch, PromptId, ShardId, Step};
+use crate::domain::{Epoch, ShardId, Step};
 use crate::run::machine::{ReductionSeconds, SnapshotKind};
 use crate::run::metrics::StepMetrics;
 use crate::server::{Outgoing, PairBatch};
@@ -131,7 +131,11 @@ impl Driver {
                 iteration: iteration.0,
                 sampling: settings.sampling.clone(),
                 stop_ids: self.session.prepared.text.stop_ids().to_vec(),
-                prompts: self.shards[&shard].prompts.iter().map(|&id| self.prompt(id)).collect(),
+                prompts: self.shards[&shard]
+                    .prompts
+                    .iter()
+                    .flat_map(|&id| self.session.prepared.sampling_prompts(id))
+                    .collect(),
             },
             Command::Score { batch, micro_batches } => {
                 Outgoing::Score { batch, micro_batches: self.with_tokens(micro_batches)? }
@@ -186,10 +190,6 @@ impl Driver {
                 if snapshot.exists() { snapshot } else { run.checkpoint(k) }
             }
         })
-    }
-
-    fn prompt(&self, id: PromptId) -> (PromptId, Vec<u32>) {
-        (id, self.session.prepared.prompts[id.0 as usize].clone())
     }
 
     fn with_tokens(&self, micro_batches: Vec<Vec<PairRef>>) -> Result<Vec<PairBatch>> {
@@ -265,14 +265,14 @@ impl Driver {
     }
 
     fn build_pairs(&mut self, k: Iteration) -> Result<()> {
-        let samples = self.session.journal.samples(k)?;
+        let samples = self.session.prepared.drawn(&self.session.journal, k)?;
         let prepared = std::sync::Arc::clone(&self.session.prepared);
         self.session.run.make_iteration(k)?;
         let path = self.session.run.pairs(k);
         let finished = self.finished.clone();
         tokio::task::spawn_blocking(move || {
             let built = (|| {
-                let (rows, counts) = prepared.pairs(k, &samples)?;
+                let (rows, counts) = prepared.pairs(k, samples)?;
                 info!(iteration = k.0, "{counts}");
                 let file = write_pairs(&path, &rows)?;
                 Ok((rows, counts, file))

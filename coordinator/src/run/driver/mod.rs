@@ -5,6 +5,7 @@
 //! results come back as events.
 
 mod carry;
+mod corpora;
 mod fault;
 mod members;
 mod pairs;
@@ -24,9 +25,11 @@ use anyhow::{Context, Result};
 use tokio::sync::mpsc;
 use tracing::{debug, info};
 
+pub(crate) use self::corpora::named_format;
+pub use self::corpora::{Corpora, Reading};
 use self::members::Peer;
-pub(crate) use self::prepare::named_format;
 pub use self::prepare::{Prepared, prepare};
+pub(crate) use self::prepare::{text_model, tokenise};
 pub use self::salvage::salvage;
 pub use self::summary::summarise;
 use self::view::View;

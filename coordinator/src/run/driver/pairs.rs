@@ -1,24 +1,42 @@
 //! An iteration's pairs, made from its samples; the same rows whenever they are made.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::Prepared;
-use crate::domain::{Iteration, PairRow, Sample};
+use crate::domain::{Iteration, PairRow};
+use crate::method::{self, Drawn};
+use crate::store::Journal;
 use crate::text::{self, PairCounts};
 
 impl Prepared {
-    /// The pairs of an iteration: the warm start's from the seeds, later ones from
-    /// `samples` and the replies that disappointed.
+    /// The samples that an iteration's pairs are made of: its own, and those of as many
+    /// iterations before it as the settings say.
+    ///
+    /// # Errors
+    /// A journal that cannot be read.
+    pub fn drawn(&self, journal: &Journal, k: Iteration) -> Result<Vec<Drawn>> {
+        let first = (k.0 + 1).saturating_sub(self.pair_iterations).max(1);
+        (first..=k.0)
+            .map(Iteration)
+            .map(|k| Ok((k, journal.samples(k).with_context(|| format!("samples of {k}"))?)))
+            .collect()
+    }
+
+    /// The pairs of an iteration: the warm start's from the seeds, later ones from samples
+    /// as the method says.
     ///
     /// # Errors
     /// Text that the tokenizer or the chat template refuses.
-    pub fn pairs(&self, k: Iteration, samples: &[Sample]) -> Result<(Vec<PairRow>, PairCounts)> {
-        let built = if k.0 == 0 {
-            text::seed_pairs(&self.text, &self.seeds, self.lengths, &self.held_out)?
-        } else {
-            let samples = text::cut_at_stops(&self.text, samples.to_vec(), &self.stop_strings)?;
-            text::drift_pairs(&self.text, &self.dsat, &samples, self.lengths, &self.held_out)?
+    pub fn pairs(&self, k: Iteration, drawn: Vec<Drawn>) -> Result<(Vec<PairRow>, PairCounts)> {
+        if k.0 == 0 {
+            return Ok(text::seed_pairs(&self.text, &self.seeds, self.lengths, &self.held_out)?);
+        }
+        let cut = |(k, samples): Drawn| -> Result<Drawn> {
+            Ok((k, text::cut_at_stops(&self.text, samples, &self.stop_strings)?))
         };
-        Ok(built)
+        let drawn: Vec<Drawn> = drawn.into_iter().map(cut).collect::<Result<_>>()?;
+        let method = method::of(self.method);
+        let candidates = method::candidates(method, &self.cases, &drawn, &self.held_out)?;
+        Ok(text::build_pairs(&self.text, &candidates, self.lengths, &self.held_out)?)
     }
 }

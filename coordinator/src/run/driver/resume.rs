@@ -149,7 +149,8 @@ mod tests {
     const K: Iteration = Iteration(1);
 
     fn row(n: u64, held_out: bool) -> PairRow {
-        let side = Side::Sample { prompt: PromptId(n), index: 0, finish: FinishReason::Stop };
+        let finish = FinishReason::Stop;
+        let side = Side::Sample { iteration: K, prompt: PromptId(n), index: 0, finish };
         PairRow {
             context: Vec::new(),
             chosen: "a".into(),

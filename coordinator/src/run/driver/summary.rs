@@ -33,7 +33,7 @@ pub fn summarise(session: &Session) -> Result<RunSummary> {
         run_id: session.run_id.clone(),
         drift_version: env!("CARGO_PKG_VERSION").to_owned(),
         base_model: settings.model.clone(),
-        method: "drift".to_owned(),
+        method: settings.method.to_string(),
         workers: session.workers,
         seed: settings.seed,
         seconds: ended - began,

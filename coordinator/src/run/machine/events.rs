@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::{Extent, PairSets, Resume, SnapshotRule};
 use crate::config::{PoisonShard, Settings, TrainingSettings};
 use crate::domain::{Epoch, Iteration, PairId, PromptId, ReferenceLogps, Sample, ShardId, Step};
+use crate::method;
 use crate::run::command::{
     Command, Rank, Report, SaveSeconds, SnapshotId, StepOutcomes, WrittenFile,
 };
@@ -33,6 +34,8 @@ pub struct RunShape {
     pub training: TrainingSettings,
     /// Prompts of the iterations, with the lengths of their sampling prompts.
     pub prompts: Vec<(PromptId, usize)>,
+    /// Replies that are drawn for each of them.
+    pub replies: usize,
     /// How prompts are divided into shards.
     pub sharding: ShardRule,
     /// Time that workers have to attach.
@@ -70,6 +73,7 @@ impl RunShape {
             },
             training: settings.training.clone(),
             prompts,
+            replies: method::of(settings.method).prompts(settings.sampling.guidance).len(),
             sharding: ShardRule {
                 prompts: settings.sampling.shard_prompts,
                 workers: settings.workers as usize,

@@ -18,14 +18,15 @@ impl Machine {
         let done = std::mem::take(&mut self.resume.shards_done);
         self.tries.clear();
         let is_done = |shard: &plan::Shard| done.contains(&shard.id);
-        let finished = shards.iter().filter(|s| is_done(s)).map(|s| s.prompts.len()).sum();
+        let finished: usize = shards.iter().filter(|s| is_done(s)).map(|s| s.prompts.len()).sum();
         let commands = shards
             .iter()
             .filter(|shard| !is_done(shard))
             .map(|shard| Command::Sample { iteration: k, shard: shard.id })
             .collect();
-        let total = self.shape.prompts.len();
-        effects.push(Effect::Began(k, PhaseName::Sampling, None, total, finished));
+        let replies = self.shape.replies;
+        let total = self.shape.prompts.len() * replies;
+        effects.push(Effect::Began(k, PhaseName::Sampling, None, total, finished * replies));
         self.enter(k, Phase::Sampling(Stage::shared(self.shape.world_size, commands)));
         self.advance(effects);
     }

@@ -2,7 +2,7 @@ use std::fs;
 use std::process::Command;
 
 use super::*;
-use crate::domain::{FinishReason, Origin, PromptId};
+use crate::domain::{FinishReason, Iteration, Origin, PromptId};
 
 /// Rows over more than one row group, with what breaks careless writers: empty
 /// texts and lists, quotes, other scripts, a zero byte, the largest id.
@@ -24,6 +24,7 @@ fn rows(count: u64) -> Vec<PairRow> {
                 rejected: if n % 5 == 0 { vec![] } else { vec![7; n as usize % 9] },
             },
             chosen_from: Side::Sample {
+                iteration: Iteration(3),
                 prompt: PromptId(n),
                 index: 2,
                 finish: if n % 2 == 0 { FinishReason::Stop } else { FinishReason::Length },
@@ -115,7 +116,7 @@ assert len(t) == 1500 and t.held_out.sum() == 500
 row = t.iloc[1203]
 assert row.prompt[2]["role"] == "assistant" and row.prompt[2]["content"] == "turn 2\n\"é\" 字 \0 🙂"
 assert list(row.prompt_ids) == [0, 1, 2] and list(row.chosen_ids) == [2**32 - 1, 1203]
-assert json.loads(row.chosen_from) == {"from": "sample", "prompt": 1203, "index": 2, "finish": "length"}
+assert json.loads(row.chosen_from) == {"from": "sample", "iteration": 3, "prompt": 1203, "index": 2, "finish": "length"}
 assert json.loads(row.rejected_from)["origin"] == {"file": "dsat \"x\".jsonl", "record": 1203}
 "#;
     let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv/bin/python");

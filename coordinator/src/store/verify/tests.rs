@@ -12,7 +12,8 @@ use crate::store::{Commit, CommittedPhase, Journal, Manifest, RunDir, RunMeta, S
 const CONFIG_TEXT: &str = "seed = 42\n";
 
 fn pair(n: u64) -> PairRow {
-    let from = Side::Sample { prompt: PromptId(n), index: 0, finish: FinishReason::Stop };
+    let (iteration, finish) = (Iteration(1), FinishReason::Stop);
+    let from = Side::Sample { iteration, prompt: PromptId(n), index: 0, finish };
     PairRow {
         context: Vec::new(),
         chosen: format!("good {n}"),

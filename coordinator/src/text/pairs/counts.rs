@@ -19,6 +19,12 @@ pub enum DropReason {
     EqualSides,
     /// The prompt alone fills `max_length`.
     NoRoom,
+    /// The prompt is too long, and is not to be cut.
+    OverlongPrompt,
+    /// The chosen reply is too long, and is not to be cut.
+    OverlongChosen,
+    /// The rejected reply is too long, and is not to be cut.
+    OverlongRejected,
     /// The chat template raised on the prompt.
     TemplateRefused,
 }
@@ -30,6 +36,9 @@ impl fmt::Display for DropReason {
             Self::EmptyRejected => "rejected reply empty",
             Self::EqualSides => "both replies the same",
             Self::NoRoom => "prompt leaves no room",
+            Self::OverlongPrompt => "prompt too long",
+            Self::OverlongChosen => "chosen reply too long",
+            Self::OverlongRejected => "rejected reply too long",
             Self::TemplateRefused => "refused by the chat template",
         })
     }

@@ -1,9 +1,12 @@
 use super::super::fixture::{ASSISTANT, END, EOS, USER, model, word, words};
-use super::super::held_out::{HeldOut, PromptKey, hold_out};
 use super::*;
-use crate::domain::{FinishReason, Role};
+use crate::domain::{FinishReason, PromptId, Role};
 
-const LENGTHS: Lengths = Lengths { max_length: 2_048, max_prompt: 1_024 };
+const LENGTHS: Lengths = cut_to(2_048, 1_024);
+
+const fn cut_to(max_length: usize, max_prompt: usize) -> Lengths {
+    Lengths { max_length, max_prompt, overlong: Overlong::Cut }
+}
 
 fn origin(record: u64) -> Origin {
     Origin { file: "corpus.json".to_owned(), record }
@@ -16,19 +19,6 @@ fn seed(record: u64, prompt: &str, chosen: &str, rejected: &str) -> SeedPair {
         rejected: rejected.to_owned(),
         origin: origin(record),
     }
-}
-
-fn dsat(n: u32) -> DsatSample {
-    DsatSample {
-        context: vec![Message::new(Role::User, format!("w{n}"))],
-        rejected: "w9".to_owned(),
-        feedback: "w8".to_owned(),
-        origin: origin(u64::from(n)),
-    }
-}
-
-fn drawn(prompt: u64, index: u32, tokens: Vec<u32>, finish: FinishReason) -> Sample {
-    Sample { prompt: PromptId(prompt), index, tokens, finish }
 }
 
 fn none() -> HeldOutSet {
@@ -51,7 +41,7 @@ fn a_long_pair_is_cut_as_the_recipe_says() {
 
 #[test]
 fn a_short_prompt_leaves_its_room_to_the_replies() {
-    let lengths = Lengths { max_length: 10, max_prompt: 5 };
+    let lengths = cut_to(10, 5);
     let pairs = [seed(0, "w1", &words(20), &words(7).replace("w0", "w1"))];
     let (rows, _) = seed_pairs(&model(), &pairs, lengths, &none()).unwrap();
     assert_eq!(rows[0].tokens.prompt, [USER, word(1), ASSISTANT]);
@@ -98,58 +88,59 @@ fn drops_are_counted_by_reason_and_ids_stay_dense() {
 
 #[test]
 fn sides_that_cutting_makes_equal_are_dropped() {
-    let lengths = Lengths { max_length: 6, max_prompt: 3 };
+    let lengths = cut_to(6, 3);
     let pairs = [seed(0, "w1", "w1 w2 w3 w4", "w1 w2 w3 w5"), seed(1, "w1", "w1", "w2")];
     let (rows, counts) = seed_pairs(&model(), &pairs, lengths, &none()).unwrap();
     assert_eq!(rows.len(), 1);
     assert_eq!(counts.dropped[&DropReason::EqualSides], 1);
-    let no_room = Lengths { max_length: 3, max_prompt: 3 };
+    let no_room = cut_to(3, 3);
     let (rows, counts) = seed_pairs(&model(), &pairs, no_room, &none()).unwrap();
     assert!(rows.is_empty());
     assert_eq!(counts.dropped[&DropReason::NoRoom], 2);
 }
 
 #[test]
-fn drift_prefers_the_sample_and_conditions_on_x() {
-    let corpus = [dsat(0), dsat(1)];
+fn samples_keep_their_ids_and_answer_x() {
+    let (context, words) = ([Message::new(Role::User, "w1")], origin(1));
     let samples = [
-        drawn(1, 1, vec![word(3)], FinishReason::Length),
-        drawn(1, 0, vec![word(2), EOS], FinishReason::Stop),
-        drawn(0, 0, vec![EOS], FinishReason::Stop),
-    ];
-    let (rows, counts) = drift_pairs(&model(), &corpus, &samples, LENGTHS, &none()).unwrap();
+        (vec![word(2), EOS], FinishReason::Stop),
+        (vec![word(3)], FinishReason::Length),
+        (vec![EOS], FinishReason::Stop),
+    ]
+    .map(|(tokens, finish)| Sample { prompt: PromptId(1), index: 0, tokens, finish });
+    let candidate = |sample| Candidate {
+        context: &context,
+        chosen: Reply::Drawn { iteration: Iteration(2), sample },
+        rejected: Reply::Corpus { text: "w9", origin: &words },
+    };
+    let candidates = samples.each_ref().map(candidate);
+    let (rows, counts) = build_pairs(&model(), &candidates, LENGTHS, &none()).unwrap();
     assert_eq!(counts.dropped[&DropReason::EmptyChosen], 1);
     assert_eq!(rows[0].tokens.prompt, [USER, word(1), ASSISTANT]);
     assert_eq!(rows[0].tokens.chosen, [word(2), END]);
     assert_eq!(rows[0].tokens.rejected, [word(9), END]);
     assert_eq!((rows[0].chosen.as_str(), rows[0].rejected.as_str()), ("w2", "w9"));
     assert_eq!(rows[1].tokens.chosen, [word(3)]);
-    let from = Side::Sample { prompt: PromptId(1), index: 0, finish: FinishReason::Stop };
+    let finish = FinishReason::Stop;
+    let from = Side::Sample { iteration: Iteration(2), prompt: PromptId(1), index: 0, finish };
     assert_eq!(rows[0].chosen_from, from);
     assert_eq!(rows[0].rejected_from, Side::Corpus { origin: origin(1) });
 }
 
 #[test]
-fn order_of_arrival_does_not_matter_and_strays_are_errors() {
-    let model = model();
-    let corpus: Vec<_> = (0..20).map(dsat).collect();
-    let keys: Vec<_> = corpus.iter().map(|sample| PromptKey::of(&sample.context)).collect();
-    let held = hold_out(&[&keys], HeldOut::Pairs(4), 42);
-    let mut samples: Vec<_> = (0..20_u64)
-        .map(|prompt| drawn(prompt, 0, vec![word(50 + prompt as u32), END], FinishReason::Stop))
-        .collect();
-    let forward = drift_pairs(&model, &corpus, &samples, LENGTHS, &held).unwrap();
-    samples.reverse();
-    assert_eq!(drift_pairs(&model, &corpus, &samples, LENGTHS, &held).unwrap(), forward);
-    assert_eq!(forward.1.held_out, 4);
-    for row in &forward.0 {
-        assert_eq!(row.held_out, held.contains(&row.context));
-    }
-
-    let stray = [drawn(20, 3, vec![word(1)], FinishReason::Length)];
-    let error = drift_pairs(&model, &corpus, &stray, LENGTHS, &held).unwrap_err();
-    assert!(matches!(error, TextError::UnknownPrompt { prompt: PromptId(20), .. }), "{error}");
-    let twice = [samples[0].clone(), samples[0].clone()];
-    let error = drift_pairs(&model, &corpus, &twice, LENGTHS, &held).unwrap_err();
-    assert!(matches!(error, TextError::DuplicateSample { .. }), "{error}");
+fn what_is_not_to_be_cut_is_dropped_by_the_side_that_is_too_long() {
+    let lengths = Lengths { overlong: Overlong::Drop, ..cut_to(10, 5) };
+    let pairs = [
+        seed(0, &words(9), "w1", "w2"),
+        seed(1, "w1", &words(20), "w2"),
+        seed(2, "w1", "w2", &words(20)),
+        seed(3, "w1", "w2", "w3"),
+    ];
+    let (rows, counts) = seed_pairs(&model(), &pairs, lengths, &none()).unwrap();
+    assert_eq!(rows.len(), 1);
+    assert_eq!(rows[0].chosen_from, Side::Corpus { origin: origin(3) });
+    let dropped: Vec<_> = counts.dropped.keys().copied().collect();
+    let reasons =
+        [DropReason::OverlongPrompt, DropReason::OverlongChosen, DropReason::OverlongRejected];
+    assert_eq!(dropped, reasons);
 }

@@ -141,7 +141,8 @@ impl<'a> Look<'a> {
             return problems;
         }
         let rows = (|| {
-            let (rows, _) = self.prepared.pairs(k, &self.journal.samples(k)?)?;
+            let samples = self.prepared.drawn(self.journal, k)?;
+            let (rows, _) = self.prepared.pairs(k, samples)?;
             let made = measure_pairs(&path, &rows)?;
             Ok::<_, anyhow::Error>((rows, made))
         })();
