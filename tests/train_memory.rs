@@ -4,12 +4,16 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use drift_coordinator::config::Sharding;
+use drift_coordinator::estimate::memory::{Keep, Place};
+use drift_coordinator::estimate::{Footprint, Shape, Work};
+use drift_worker::model::product_kind;
 use drift_worker::train::{
     Algorithm, EngineSettings, Objective, OptimizerSettings, PreferenceLoss, ReferenceLogps,
     TokenPair, TrainStep, TrainingSettings,
 };
 use serde_json::{Value, json};
-use tch::Kind;
+use tch::{Device, Kind};
 
 use crate::support::python;
 use crate::support::training::{load, micro_batches, pair, random_pairs};
@@ -62,6 +66,62 @@ fn vocabulary_costs_no_more_than_its_weights() {
             mega(rest)
         );
         assert!(rest < BY_VOCABULARY, "{} MB", mega(rest));
+    }
+}
+
+/// `coordinator plan` counts from `config.json` what a worker then takes, within a tenth.
+#[test]
+fn a_plan_is_what_training_takes() {
+    let dir = tempfile::tempdir().unwrap();
+    for (hidden, intermediate, layers, heads) in
+        [(512, 1_408, 6, 8), (576, 1_536, 30, 9), (1_024, 2_816, 12, 16)]
+    {
+        let (model, weights) = create(
+            &dir.path().join(hidden.to_string()),
+            json!({
+                "family": "llama",
+                "vocab_size": 32_000,
+                "hidden_size": hidden,
+                "intermediate_size": intermediate,
+                "num_attention_heads": heads,
+                "num_key_value_heads": heads,
+                "num_hidden_layers": layers,
+                "tie_word_embeddings": true,
+            }),
+        );
+        let config = std::fs::read_to_string(model.join("config.json")).unwrap();
+        let shape = Shape::parse(&config).unwrap();
+        assert_eq!(shape.parameters() as i64, weights);
+        let lengths = [305, 122, 122];
+        let pairs: Vec<_> = (0..BATCH as u64).map(|id| pair(id, lengths, 32_000)).collect();
+        let measured = measure(&model, &pairs, 3).last().unwrap().peak;
+        let batch = BATCH as u64;
+        let footprint = Footprint::of(
+            &shape,
+            &Work {
+                ranks: 1,
+                place: Place::Cpu { bf16: product_kind(Kind::BFloat16, Device::Cpu) == Kind::BFloat16 },
+                weight: 2,
+                moments: 1,
+                sharding: Sharding::None,
+                keep: Keep::All,
+                tokens: batch * 549,
+                responses: batch * 244,
+                cache: 0,
+                rows: 0,
+                row_tokens: 0,
+            },
+        );
+        let training = footprint.phases.last().unwrap();
+        let ratio = training.total() as f64 / measured as f64;
+        eprintln!(
+            "{} million weights: {} MB measured, {} MB planned: {:?}",
+            weights / 1_000_000,
+            mega(measured),
+            mega(training.total() as i64),
+            training.items.iter().map(|(item, bytes)| (item, bytes >> 20)).collect::<Vec<_>>()
+        );
+        assert!((0.9..=1.1).contains(&ratio), "{ratio:.3}");
     }
 }
 

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::config::ByteSize;
+
 /// Turns conversations in which users were dissatisfied into a better chat model.
 ///
 /// Without a subcommand it runs: warm start on seed pairs, then K iterations of
@@ -28,6 +30,8 @@ Examples:
       go on after the last committed phase
   coordinator check --config qwen2.5-7b-wildfeedback-drift
       what the paper's run would do, before it does it
+  coordinator plan --config qwen2.5-14b-wildfeedback-drift --gpus 8 --gpu-memory 80GiB
+      whether it fits, and how long it takes
   coordinator data sat_dsat_annotation.json
       what a file holds, and why what was dropped was dropped
   coordinator verify runs/first
@@ -62,6 +66,9 @@ pub enum Subcommands {
     /// Counts what conversation files hold: DSAT and SAT turns, seed pairs, and
     /// every record dropped, by reason.
     Data(DataArguments),
+    /// Counts memory and time of a run on GPUs from the model's config.json and settings:
+    /// what each GPU holds in each phase, whether it fits, and the fastest settings that do.
+    Plan(PlanArguments),
     /// Checks that every file of a run directory is the one that was written, by its
     /// hash, and the journal row by row. Changes nothing, also while a run is live.
     /// Exit status 1 where something is damaged or missing.
@@ -73,7 +80,7 @@ pub enum Subcommands {
 pub struct SettingsArguments {
     /// Worker processes to start, one per GPU. With --resume: as many as there are
     /// now; the batch of a step stays as it was.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", alias = "gpus")]
     pub workers: Option<u32>,
     /// TOML file with settings, or the name of settings that are built in, such as
     /// qwen2.5-7b-wildfeedback-drift. Without it: the recipe, or with no --corpus
@@ -165,6 +172,43 @@ pub struct CheckArguments {
     /// A JSON object, instead of lines and tables.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Arguments of `plan`.
+#[derive(Debug, Args)]
+pub struct PlanArguments {
+    /// The settings that are looked at.
+    #[command(flatten)]
+    pub settings: SettingsArguments,
+    /// Memory of each GPU, as in 80GiB.
+    #[arg(long, value_name = "SIZE", default_value = "80GiB", value_parser = size)]
+    pub gpu_memory: u64,
+    /// Pairs of an iteration.
+    #[arg(long, value_name = "N", default_value_t = 4000, value_parser = clap::value_parser!(u64).range(1..))]
+    pub pairs: u64,
+    /// Tokens of a prompt on average; without it: as many as the settings allow.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub prompt_tokens: Option<u64>,
+    /// Tokens of a reply on average; without it: as many as the settings allow.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub reply_tokens: Option<u64>,
+    /// TFLOP/s of matrix products that a GPU reaches; an H100's in bf16.
+    #[arg(long, value_name = "N", default_value_t = 445.0)]
+    pub matrix_tflops: f64,
+    /// GB/s that a GPU reads its memory with.
+    #[arg(long, value_name = "N", default_value_t = 2500.0)]
+    pub memory_gb: f64,
+    /// GB/s that a GPU exchanges with others.
+    #[arg(long, value_name = "N", default_value_t = 300.0)]
+    pub link_gb: f64,
+    /// A JSON object, instead of lines and tables.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Bytes of a size as people write it.
+fn size(text: &str) -> Result<u64, String> {
+    text.parse::<ByteSize>().map(|size| size.0)
 }
 
 /// Arguments of `data`.

@@ -5,6 +5,7 @@
 //! | [`cli`], [`commands`] | what can be typed, and what it does |
 //! | [`compare`] | runs side by side, as tables and plots |
 //! | [`config`] | layers of settings, checked and frozen |
+//! | [`estimate`] | memory and time of a run on GPUs, counted |
 //! | [`domain`] | the words all other modules speak: conversations, pairs, ids |
 //! | [`corpus`] | files of conversations → DSAT samples, SAT samples, seed pairs |
 //! | [`text`] | chat template and tokenizer: conversations → token ids, and back |
@@ -24,6 +25,7 @@ pub mod config;
 mod contain;
 pub mod corpus;
 pub mod domain;
+pub mod estimate;
 pub mod hub;
 pub mod method;
 pub mod run;

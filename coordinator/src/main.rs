@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use drift_coordinator::cli::{Cli, Subcommands};
-use drift_coordinator::commands::{Exit, check, compare, data, run, verify};
+use drift_coordinator::commands::{Exit, check, compare, data, plan, run, verify};
 use drift_coordinator::config::{ConfigError, Problems};
 
 fn main() -> ExitCode {
@@ -14,6 +14,7 @@ fn main() -> ExitCode {
         Some(Subcommands::Check(arguments)) => check(arguments).map(|()| Exit::Finished),
         Some(Subcommands::Compare(arguments)) => compare(arguments).map(|()| Exit::Finished),
         Some(Subcommands::Data(arguments)) => data(arguments).map(|()| Exit::Finished),
+        Some(Subcommands::Plan(arguments)) => plan(arguments).map(|()| Exit::Finished),
         Some(Subcommands::Verify(arguments)) => verify(arguments),
         None => run(&cli.run),
     };

@@ -1,7 +1,7 @@
 //! Bytes that one worker takes in each phase.
 
 use super::shape::Shape;
-use crate::config::{OptimizerChoice, Sharding, TrainingSettings};
+use crate::config::Sharding;
 
 /// Logits in existence at once (`worker/src/train/head.rs`).
 const LOGITS: u64 = 64 << 20;
@@ -59,6 +59,15 @@ pub struct Work {
     pub cache: u64,
     /// Replies in the making.
     pub rows: u64,
+    /// Tokens of one of them with its prompt, at most.
+    pub row_tokens: u64,
+}
+
+impl Work {
+    /// Whether operands of products are widened to fp32 (`worker/src/model/ops/product.rs`).
+    fn widens(&self) -> bool {
+        self.place == Place::Cpu { bf16: false } && self.weight == 2
+    }
 }
 
 /// What a phase takes, item by item.
@@ -97,10 +106,10 @@ impl Footprint {
 }
 
 fn sampling(shape: &Shape, work: &Work) -> Phase {
-    let widened = work.place == Place::Cpu { bf16: false } && work.weight == 2;
+    let widened = work.widens();
     let kind = if widened { 4 } else { work.weight };
     let tokens = PROMPT_CHUNK + work.rows;
-    let cache = work.cache.min(CACHE_ROWS * work.rows * shape.cached() * kind);
+    let cache = work.cache.min(work.rows * work.row_tokens * shape.cached() * kind);
     let mut items = vec![("weights", work.weight * shape.parameters())];
     if widened {
         items.push(("weights in fp32", 4 * shape.parameters()));
@@ -113,9 +122,6 @@ fn sampling(shape: &Shape, work: &Work) -> Phase {
     ]);
     Phase { name: "sampling", items }
 }
-
-/// A row's cache is never longer.
-const CACHE_ROWS: u64 = 1 << 20;
 
 fn scoring(shape: &Shape, work: &Work) -> Phase {
     let items = vec![
@@ -182,8 +188,12 @@ fn backward(shape: &Shape, work: &Work) -> u64 {
     };
     let passing = work.tokens * (2 * shape.hidden + 2 * shape.intermediate) * work.weight;
     // The largest matrix's gradient, ahead of its sum.
-    let gradient = 2 * shape.intermediate * shape.hidden * work.weight;
-    again + passing + gradient
+    let matrix = 2 * shape.intermediate * shape.hidden;
+    let widened = match work.widens() {
+        true => (work.tokens * (2 * shape.intermediate + shape.hidden) + matrix) * 4,
+        false => 0,
+    };
+    again + passing + matrix * work.weight + widened
 }
 
 /// Logits of a chunk and their gradient, and the states that predict responses.
@@ -280,14 +290,6 @@ impl Fit {
     }
 }
 
-/// How an optimiser's name counts.
-pub fn moments(training: &TrainingSettings) -> u64 {
-    match training.optimizer {
-        OptimizerChoice::RmsProp => 1,
-        OptimizerChoice::AdamW => 2,
-    }
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -308,11 +310,12 @@ mod tests {
             responses: 8_192,
             cache: 8 << 30,
             rows: 64,
+            row_tokens: 2_560,
         }
     }
 
-    /// DESIGN.md's example: 29.5 GB of weights, 14.8 of masters and state together, 3.7... a
-    /// quarter of that for gradients halved by bf16; 8 of block inputs.
+    /// 2 bytes a weight; an eighth of 4 for each of gradients, masters and state; 16,384
+    /// tokens of 5,120 numbers ahead of each of 48 blocks.
     #[test]
     fn a_14b_model_takes_what_was_counted_by_hand() {
         let shape = Shape::parse(QWEN_14B).unwrap();

@@ -114,6 +114,7 @@ mod tests {
                 responses: 8_192,
                 cache: 8 << 30,
                 rows: 64,
+                row_tokens: 2_560,
             };
             let (prompt, reply) = (800, 400);
             let amounts = Amounts { pairs, prompt, sampling_prompt: 1_400, reply, batch: 4 * ranks };
