@@ -36,9 +36,9 @@ fn run_of(
         command.args(["--seeds", data("wildfeedback.json").to_str().unwrap()]);
     }
     for setting in [
-        &format!("method={method}"),
-        &format!("sampling.guidance={guidance}"),
-        &format!("training.iterations={ITERATIONS}"),
+        &*format!("method={method}"),
+        &*format!("sampling.guidance={guidance}"),
+        &*format!("training.iterations={ITERATIONS}"),
         "data.seed_limit=8",
         "data.limit=10",
         "sampling.max_prompt_tokens=2048",
@@ -261,7 +261,7 @@ fn iter_dpo_killed_while_it_samples_ends_with_the_same_bytes() {
     let runs = ["calm", "killed"].map(|name| folder.path().join(name));
     let command = |run: &Path| {
         let mut command = run_of(run, &model, "iter-dpo", CONVERSATIONS, "on");
-        command.args(["--workers", "2", "--set", "launch.threads=1"]);
+        command.args(["--set", "workers=2", "--set", "launch.threads=1"]);
         command
     };
     let mut calm = command(&runs[0]);

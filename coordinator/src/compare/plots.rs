@@ -104,7 +104,7 @@ where
     B::ErrorType: 'static,
 {
     root.fill(&WHITE)?;
-    let (legend, body) = root.split_vertically(LEGEND);
+    let (legend, body) = root.split_vertically(LEGEND as i32);
     let names: Vec<_> = runs.iter().map(|run| format!("{} ({})", run.name, run.method)).collect();
     let share = (PANEL.0 * COLUMNS as u32) as i32 / runs.len().max(1) as i32;
     for (at, name) in (0..).zip(&names) {
