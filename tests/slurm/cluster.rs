@@ -1,6 +1,8 @@
 //! A Slurm of its own, on hosts of its own: the daemons are the distribution's, their
 //! settings, keys and state are in a folder that goes with it.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -127,7 +129,7 @@ fn write_settings(folder: &Path) {
     let at = |name: &str| folder.join(name).display().to_string();
     let key: String = (0..64).map(|n| format!("{n:02}")).collect();
     std::fs::write(folder.join("munge.key"), key).unwrap();
-    let owner_only = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+    let owner_only = Permissions::from_mode(0o600);
     std::fs::set_permissions(folder.join("munge.key"), owner_only).unwrap();
     // A requeued job waits for its old credentials to run out.
     let settings = format!(

@@ -33,7 +33,7 @@ pub(super) fn look(welcome: &Welcome, host: &str) -> Result<(), Unseen> {
 }
 
 fn see(directory: &Path, config_sha256: &[u8]) -> Result<(), String> {
-    let told = |name: &str| move |error: io::Error| format!("{name}: {error}");
+    let told = |name: &'static str| move |error: io::Error| format!("{name}: {error}");
     let config = std::fs::read(directory.join("config.toml")).map_err(told("config.toml"))?;
     if Sha256::digest(&config).as_slice() != config_sha256 {
         return Err("its config.toml is another run's".to_owned());

@@ -94,7 +94,7 @@ async fn attend(options: &AgentOptions) -> Result<(), AgentError> {
     };
     let usable = async {
         place::look(&welcome, &options.host)?;
-        Ok(interface::address(options.interface.as_deref(), here).await?)
+        Ok::<_, AgentError>(interface::address(options.interface.as_deref(), here).await?)
     };
     let here = match usable.await {
         Ok(here) => here,

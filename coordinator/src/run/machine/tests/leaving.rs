@@ -100,6 +100,6 @@ fn a_snapshot_that_fails_or_a_worker_that_is_lost_does_not_keep_it() {
     let stopped = Some(Effect::End(Outcome::Stopped));
     assert_eq!(ends(Event::Lost(Rank(1), "killed".into())), stopped);
     let why = || "no space left on device".to_owned();
-    let failed = Report::SnapshotFailed { step: Step(1), why: why() };
+    let failed = Report::SnapshotFailed { step: Step(0), why: why() };
     assert_eq!(ends(Event::Told(Rank(0), failed)), stopped);
 }
