@@ -26,11 +26,11 @@ STAMP := .venv/.installed-$(shell cat $(REQUIREMENTS) | sha256sum | cut -c1-16)
 DENY_VERSION := 0.20.2
 DENY := .cache/tools/cargo-deny-$(DENY_VERSION)/bin/cargo-deny
 
-.PHONY: help setup system build cuda demo bench chaos fuzz test test-cuda check deny clean
+.PHONY: help setup system build cuda demo bench chaos fuzz test test-cuda test-hosts test-slurm check deny clean
 
 help: ## list these targets
 	@echo "usage: make TARGET"
-	sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 setup: system $(STAMP) ## install libtorch, the pinned peers and the demo model here
 	@.venv/bin/python configs/demo/export_model.py $(MODEL)
@@ -137,6 +137,38 @@ test-cuda: cuda ## lint and try the CUDA build, as far as a machine without GPUs
 		grep -q 'libtorch sees 0 GPUs here' <<<"$$said" || { echo "error: said without a GPU: $$said" >&2; exit 1; }
 	fi
 	cargo build --release --locked
+
+# Tests that need more than a machine: ignored by `make test`, one at a time here.
+define ignored
+if cargo nextest --version >/dev/null 2>&1; then
+	cargo nextest run --release --locked --workspace --run-ignored only --test-threads 1 -E 'test(/^$(1)::/)'
+else
+	cargo test --release --locked --workspace --test system -- --ignored --test-threads=1 $(1)::
+fi
+endef
+
+# Fails where this user cannot make hosts.
+HOSTS := [ "$$(id -u)" = 0 ] && ip netns add drift-probe && ip netns delete drift-probe
+
+SLURM := type slurmctld slurmd sbatch munged >/dev/null 2>&1
+
+test-hosts: build ## run over several hosts, which are network namespaces (takes root)
+	@if $(HOSTS) 2>/dev/null; then
+		$(call ignored,hosts)
+	else
+		echo "test-hosts: not run: it takes root, iproute2, and leave to make network namespaces"
+	fi
+
+test-slurm: build ## submit, cancel, requeue under a real Slurm on such hosts (takes root; installs Debian's)
+	@if ! $(SLURM) && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+		apt-get update -qq
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge >/dev/null
+	fi
+	if $(HOSTS) 2>/dev/null && $(SLURM); then
+		$(call ignored,slurm)
+	else
+		echo "test-slurm: not run: it takes root, network namespaces, and slurmctld, slurmd, slurm-client and munge"
+	fi
 
 check: setup $(DENY) ## format, lints, documentation, licences and advisories
 	@cargo fmt --all -- --check

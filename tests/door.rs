@@ -246,13 +246,13 @@ fn a_flood_of_strangers_costs_the_run_little() {
 }
 
 /// A program that runs, and its log. Dropped, it is killed.
-struct Program {
+pub(crate) struct Program {
     child: Child,
     log: PathBuf,
 }
 
 impl Program {
-    fn start(mut command: Command, log: &Path) -> Self {
+    pub(crate) fn start(mut command: Command, log: &Path) -> Self {
         let file = std::fs::File::create(log).unwrap();
         let command = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(file);
         Self { child: command.spawn().unwrap(), log: log.to_owned() }
@@ -262,12 +262,12 @@ impl Program {
         self.child.id()
     }
 
-    fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap()
     }
 
     /// Waits for a part of a line.
-    fn says(&self, part: &str) {
+    pub(crate) fn says(&self, part: &str) {
         let deadline = Instant::now() + Duration::from_secs(120);
         while !self.log().contains(part) {
             assert!(Instant::now() < deadline, "{part:?} is not in: {}", self.log());
@@ -275,12 +275,12 @@ impl Program {
         }
     }
 
-    fn signal(&self, signal: &str) {
+    pub(crate) fn signal(&self, signal: &str) {
         let id = self.id().to_string();
         assert!(Command::new("kill").args(["-s", signal, &id]).status().unwrap().success());
     }
 
-    fn status(&mut self) -> Option<i32> {
+    pub(crate) fn status(&mut self) -> Option<i32> {
         self.child.wait().unwrap().code()
     }
 

@@ -42,7 +42,7 @@ variables, then flags. Without --config and --corpus the demo's settings take th
 file's place. README.md lists them all.
 
 Exit status: 0 finished, 1 failed, 2 bad usage or settings, 130 or 143 stopped by
-Ctrl-C or SIGTERM (resumable)."
+Ctrl-C or SIGTERM, 138 by SIGUSR1, which saves what is under way first (resumable)."
 )]
 pub struct Cli {
     /// Something other than a run.

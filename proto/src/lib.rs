@@ -16,8 +16,12 @@ pub const PROTOCOL_VERSION: u32 = 4;
 pub const JOIN_TOKEN_ENV: &str = "DRIFT_JOIN_TOKEN";
 
 /// Environment variable that names the process which started a worker: the worker
-/// ends with it.
+/// ends with it. [`SLURM_LAUNCHER`] where that is on another machine.
 pub const LAUNCHER_ENV: &str = "DRIFT_LAUNCHER";
+
+/// Says in [`LAUNCHER_ENV`] that the coordinator started a worker by way of Slurm,
+/// which ends it and tells of its end.
+pub const SLURM_LAUNCHER: &str = "slurm";
 
 /// Environment variable that names a worker's join folder, as `--join` does.
 pub const JOIN_DIR_ENV: &str = "DRIFT_JOIN_DIR";

@@ -1,6 +1,7 @@
 //! Where things are, and how the peers are asked.
 
 pub(crate) mod model;
+pub(crate) mod network;
 #[path = "../chaos/model.rs"]
 pub(crate) mod small_model;
 pub(crate) mod training;

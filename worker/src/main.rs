@@ -1,14 +1,15 @@
 //! The `worker` program: one process per GPU, started by the coordinator or by
 //! whoever schedules machines.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use clap::Parser;
-use drift_proto::{JOIN_DIR_ENV, JOIN_TOKEN_ENV, LAUNCHER_ENV};
+use drift_proto::{JOIN_DIR_ENV, JOIN_TOKEN_ENV, LAUNCHER_ENV, SLURM_LAUNCHER};
 use drift_worker::agent::{AgentOptions, JoinOptions, choose_device, run};
-use tracing::{error, info};
+use tracing::{error, info, warn};
 use tracing_subscriber::EnvFilter;
 
 /// Samples, scores and trains for a DRIFT coordinator.
@@ -36,13 +37,18 @@ struct Arguments {
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(..=604_800))]
     wait: u64,
 
-    /// Number of this worker, from 0; becomes its rank.
-    #[arg(long, value_name = "N")]
+    /// Number of this worker, from 0; becomes its rank. In a task of `srun`, the task's.
+    #[arg(long, value_name = "N", env = "SLURM_PROCID")]
     slot: u32,
 
     /// Device to compute on: auto, cpu or cuda:N.
     #[arg(long, default_value = "auto")]
     device: String,
+
+    /// Interface or address of this machine on which to exchange gradients with the
+    /// other workers. Without it: the one that leads to the coordinator.
+    #[arg(long, value_name = "NAME|IP")]
+    interface: Option<String>,
 
     /// Threads to compute with on CPU.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
@@ -59,8 +65,13 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .with_ansi(false)
         .init();
-    tell_of_nccl();
-    match serve(arguments) {
+    let launcher = std::env::var(LAUNCHER_ENV).ok();
+    let served = match &launcher {
+        // Nobody would start it again.
+        None => return supervise(),
+        Some(launcher) => serve(arguments, launcher),
+    };
+    match served {
         Ok(()) => {
             info!("leaving");
             ExitCode::SUCCESS
@@ -84,11 +95,49 @@ fn tell_of_nccl() {
     }
 }
 
-fn serve(arguments: Arguments) -> anyhow::Result<()> {
-    end_with_launcher()?;
+/// Runs this program once more, as the one that works, and again whenever a signal ends
+/// it: a crash, a lack of memory, or its own hand where it hangs among peers that are
+/// gone. What it says of itself is final.
+fn supervise() -> ExitCode {
+    let worked = || -> anyhow::Result<ExitCode> {
+        loop {
+            let began = Instant::now();
+            let status = std::process::Command::new(std::env::current_exe()?)
+                .args(std::env::args_os().skip(1))
+                .env(LAUNCHER_ENV, format!("{SUPERVISOR}{}", std::process::id()))
+                .status()
+                .context("start the process that works")?;
+            match status.code() {
+                Some(code) => return Ok(ExitCode::from(code as u8)),
+                None if began.elapsed() < SHORT_LIFE => {
+                    anyhow::bail!("the process that works was ended as soon as it began: {status}")
+                }
+                None => warn!(%status, "the process that works was ended; start it again"),
+            }
+        }
+    };
+    worked().unwrap_or_else(|error| {
+        error!("{error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+/// What lives shorter was not ended by what happens in a run.
+const SHORT_LIFE: Duration = Duration::from_secs(1);
+
+/// Says in front of its process's id that the launcher is a supervisor.
+const SUPERVISOR: &str = "supervisor:";
+
+fn serve(arguments: Arguments, launcher: &str) -> anyhow::Result<()> {
+    tell_of_nccl();
+    if launcher == SLURM_LAUNCHER {
+        arguments.join.as_deref().map_or(Ok(()), sees_run)?;
+    } else {
+        end_with(launcher.trim_start_matches(SUPERVISOR))?;
+    }
     tch::set_num_threads(arguments.threads as i32);
     let options = AgentOptions {
-        rejoins: std::env::var_os(LAUNCHER_ENV).is_none(),
+        rejoins: launcher.starts_with(SUPERVISOR),
         device: choose_device(&arguments.device, arguments.slot)?,
         join: JoinOptions {
             coordinator: arguments.coordinator,
@@ -98,6 +147,7 @@ fn serve(arguments: Arguments) -> anyhow::Result<()> {
         wait: Duration::from_secs(arguments.wait),
         slot: arguments.slot,
         threads: arguments.threads,
+        interface: arguments.interface,
         host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
     };
     // One thread for the stream; libtorch has its own, so that heartbeats never
@@ -107,14 +157,26 @@ fn serve(arguments: Arguments) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Where a coordinator started this worker, has the kernel end it when that
-/// coordinator dies: a worker that is stopped or hangs would outlive it.
-fn end_with_launcher() -> anyhow::Result<()> {
+/// A coordinator that has a worker started elsewhere has written its join folder: where
+/// the run directory is out of sight, no waiting helps.
+fn sees_run(join: &Path) -> anyhow::Result<()> {
+    let run = join.parent().unwrap_or(join);
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    anyhow::ensure!(
+        run.is_dir(),
+        "cannot see the run directory {} from {host}: put it on a file system that all nodes share",
+        run.display()
+    );
+    Ok(())
+}
+
+/// Has the kernel end this process when the one that started it dies: a worker that is
+/// stopped or hangs would outlive it.
+fn end_with(launcher: &str) -> anyhow::Result<()> {
     use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
-    let Ok(launcher) = std::env::var(LAUNCHER_ENV) else { return Ok(()) };
     set_parent_process_death_signal(Some(Signal::KILL))?;
     // It may have died before that.
     let launcher = launcher.parse().ok().and_then(Pid::from_raw);
-    anyhow::ensure!(getppid() == launcher, "the coordinator that started this worker is gone");
+    anyhow::ensure!(getppid() == launcher, "the process that started this worker is gone");
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
 
 use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
@@ -14,7 +15,7 @@ use super::reading::ReadingBar;
 use crate::cli::{RunArguments, SettingsArguments};
 use crate::config::{Base, ConfigError, Layers, Settings};
 use crate::hub::DatasetFile;
-use crate::run::driver::{Prepared, Session, drive, prepare, salvage, summarise};
+use crate::run::driver::{Prepared, Session, Stop, drive, prepare, salvage, summarise};
 use crate::run::machine::Outcome;
 use crate::store::journal::torn_at;
 use crate::store::manifest::hex;
@@ -123,22 +124,30 @@ pub(super) fn base(arguments: &SettingsArguments) -> Result<Base, ConfigError> {
     }
 }
 
-/// Drives the session; SIGINT and SIGTERM stop it.
+/// Drives the session. SIGINT and SIGTERM stop it; SIGUSR1 does once what is under way
+/// is saved.
 async fn watched(session: Session) -> Result<(Outcome, Session, i32)> {
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
-    let (stop, stopped) = mpsc::channel(1);
-    let signals = tokio::spawn(async move {
-        let number = tokio::select! {
-            _ = interrupt.recv() => 2,
-            _ = terminate.recv() => 15,
-        };
-        let _ = stop.send(()).await;
-        number
+    let mut leave = signal(SignalKind::user_defined1()).context("listen for SIGUSR1")?;
+    let (stop, stops) = mpsc::channel(1);
+    let last = Arc::new(AtomicI32::new(0));
+    let told = Arc::clone(&last);
+    tokio::spawn(async move {
+        loop {
+            let (number, how) = tokio::select! {
+                _ = interrupt.recv() => (2, Stop::Now),
+                _ = terminate.recv() => (15, Stop::Now),
+                _ = leave.recv() => (10, Stop::Soon),
+            };
+            told.store(number, Ordering::Relaxed);
+            if stop.send(how).await.is_err() || how == Stop::Now {
+                break;
+            }
+        }
     });
-    let (session, outcome) = drive(session, stopped).await?;
-    let number = if outcome == Outcome::Stopped { signals.await.unwrap_or(15) } else { 0 };
-    Ok((outcome, session, number))
+    let (session, outcome) = drive(session, stops).await?;
+    Ok((outcome, session, last.load(Ordering::Relaxed)))
 }
 
 /// Settings of the run in `dir`, as it froze them.

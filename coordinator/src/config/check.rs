@@ -247,9 +247,14 @@ impl Settings {
             format!("{:?} is no host name and no IP; write it without a port", launch.advertise),
         );
         require(
-            launch.worker.is_empty() || launch.start == StartWorkers::Local,
+            launch.worker.is_empty() || launch.start != StartWorkers::None,
             &["launch.worker", "launch.start"],
             "with \"none\" no worker is started; take \"local\", or name no program".into(),
+        );
+        require(
+            launch.interface.is_empty() || launch.start != StartWorkers::None,
+            &["launch.interface", "launch.start"],
+            "with \"none\" no worker is started; give each of them --interface".into(),
         );
         if problems.is_empty() { Ok(()) } else { Err(Problems(problems)) }
     }

@@ -229,9 +229,9 @@ settings! {
 settings! {
     /// How workers are started and watched.
     LaunchSettings("launch") {
-        /// Who starts the workers: `local`, the coordinator, on its own machine; `none`,
-        /// somebody else: it waits for `workers` of them, which the run directory's
-        /// `join/` lets in.
+        /// Who starts the workers: `local`, the coordinator, on its own machine; `slurm`,
+        /// the coordinator, on all nodes of the Slurm job it runs in; `none`, somebody
+        /// else: it waits for `workers` of them, which the run directory's `join/` lets in.
         start: StartWorkers = StartWorkers::Local;
         /// Worker program; empty: `worker` beside the coordinator, then on PATH.
         worker: String = String::new();
@@ -247,6 +247,10 @@ settings! {
         /// Name or IP by which workers reach the coordinator; empty: the IP in
         /// `launch.listen`, or the machine's name where that is `0.0.0.0` or `[::]`.
         advertise: String = String::new();
+        /// Interface (`eth1`) or address of each worker's machine on which it exchanges
+        /// gradients with the others, where the coordinator starts it; empty: the one
+        /// that leads to the coordinator.
+        interface: String = String::new();
         /// `auto`: TLS on every address but loopback; `always`: there too.
         tls: Tls = Tls::Auto;
         /// Seconds that workers have to start and attach, or to join.

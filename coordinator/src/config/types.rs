@@ -164,6 +164,8 @@ choice! {
     StartWorkers {
         /// The coordinator, on its own machine.
         Local = "local",
+        /// The coordinator, on the nodes of the Slurm job that it is part of.
+        Slurm = "slurm",
         /// Somebody else; the coordinator waits for them.
         None = "none",
     }

@@ -7,12 +7,13 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
-use drift_proto::LAUNCHER_ENV;
+use drift_proto::{LAUNCHER_ENV, SLURM_LAUNCHER};
 use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::opening::WayIn;
+use super::slurm::Allocation;
 use crate::config::{DeviceChoice, LaunchSettings};
 use crate::run::command::Rank;
 use crate::store::names;
@@ -83,7 +84,8 @@ pub fn find_worker(settings: &LaunchSettings) -> Result<PathBuf, LaunchError> {
         .ok_or(LaunchError::NotFound { beside })
 }
 
-/// Threads of each worker: as set, or its share of the machine's cores.
+/// Threads of each worker: as set, or its share of the cores of a machine with
+/// `workers` of them.
 pub fn threads_per_worker(settings: &LaunchSettings, workers: u32) -> usize {
     if settings.threads > 0 {
         return settings.threads;
@@ -91,6 +93,9 @@ pub fn threads_per_worker(settings: &LaunchSettings, workers: u32) -> usize {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     (cores / workers as usize).max(1)
 }
+
+/// For `srun` to hear from a node that its task is gone.
+const STEP_GRACE: Duration = Duration::from_secs(10);
 
 /// How the workers of a run are started.
 #[derive(Debug)]
@@ -105,29 +110,46 @@ pub struct LaunchPlan {
     pub way: Arc<WayIn>,
     /// Folder of their logs.
     pub logs: PathBuf,
+    /// The Slurm job whose nodes they run on; none: this machine.
+    pub job: Option<Allocation>,
 }
 
 impl LaunchPlan {
     fn command(&self, rank: Rank, log: &Path) -> Result<Command, LaunchError> {
-        let Self { program, settings, threads, way, .. } = self;
+        let Self { program, settings, threads, way, job, .. } = self;
         let open = || File::options().create(true).append(true).open(log);
         let log_error = |cause| LaunchError::Log { path: log.to_owned(), cause };
         let (out, err) = (open().map_err(log_error)?, open().map_err(log_error)?);
+        let on_its_machine = job.as_ref().map_or(rank.0, |job| job.place(rank).on_node);
         let device = match settings.device {
             DeviceChoice::Auto => "auto".to_owned(),
             DeviceChoice::Cpu => "cpu".to_owned(),
-            DeviceChoice::Cuda => format!("cuda:{rank}"),
+            DeviceChoice::Cuda => format!("cuda:{on_its_machine}"),
         };
         let ((variable, secret), other) = way.environment();
-        let mut command = Command::new(program);
+        let mut command = match job {
+            Some(job) => {
+                let mut command = Command::new("srun");
+                job.prepare(&mut command, rank);
+                // They find the coordinator by the join folder: not all are on its machine.
+                command.arg(program).env(LAUNCHER_ENV, SLURM_LAUNCHER);
+                command
+            }
+            None => {
+                let mut command = Command::new(program);
+                command.arg("--coordinator").arg(way.url());
+                command.env(LAUNCHER_ENV, std::process::id().to_string());
+                command
+            }
+        };
+        if !settings.interface.is_empty() {
+            command.args(["--interface", &settings.interface]);
+        }
         command
-            .arg("--coordinator")
-            .arg(way.url())
             .args(["--slot", &rank.to_string(), "--device", &device])
             .args(["--threads", &threads.to_string()])
             .env(variable, secret)
             .env_remove(other)
-            .env(LAUNCHER_ENV, std::process::id().to_string())
             .stdin(Stdio::null())
             .stdout(out)
             .stderr(err)
@@ -188,7 +210,9 @@ impl Launcher {
     pub fn start(&mut self, rank: Rank) -> Result<(), LaunchError> {
         let Some(plan) = &self.plan else { return Ok(()) };
         let log = plan.logs.join(names::worker_log(rank.0));
-        let (mut command, program) = (plan.command(rank, &log)?, plan.program.clone());
+        let is_step = plan.job.is_some();
+        let program = if is_step { PathBuf::from("srun") } else { plan.program.clone() };
+        let mut command = plan.command(rank, &log)?;
         self.kill(rank);
         let before = self.running.remove(&rank);
         self.processes += 1;
@@ -205,7 +229,7 @@ impl Launcher {
             }
             let spawned = first.map_or_else(|| spawn(&mut command, &program), Ok);
             let (status, by_itself) = match spawned {
-                Ok(child) => watch(child, &mut killed).await,
+                Ok(child) => watch(child, is_step, &mut killed).await,
                 Err(error) => (error.to_string(), true),
             };
             let last_lines = last_lines(&log, 12);
@@ -232,17 +256,31 @@ fn spawn(command: &mut Command, program: &Path) -> Result<Child, LaunchError> {
 }
 
 /// Waits for a process to end, or ends it; says how it ended, and whether by itself.
-async fn watch(mut child: Child, killed: &mut mpsc::Receiver<()>) -> (String, bool) {
+async fn watch(mut child: Child, is_step: bool, killed: &mut mpsc::Receiver<()>) -> (String, bool) {
     let status = tokio::select! {
         status = child.wait() => status,
         _ = killed.recv() => {
+            if is_step {
+                end_step(&mut child).await;
+            }
             let _ = child.start_kill();
             child.wait().await
         }
     };
     match status {
-        Ok(status) => (status.to_string(), status.code().is_some()),
+        // `srun` passes a signal that ended its task on as a shell does.
+        Ok(status) => (status.to_string(), status.code().is_some_and(|code| code <= 128)),
         Err(error) => (error.to_string(), false),
+    }
+}
+
+/// Has `srun` kill its task, on whichever node that is, and waits until it did: killed
+/// itself, it would leave the task behind.
+async fn end_step(srun: &mut Child) {
+    use rustix::process::{Pid, Signal, kill_process};
+    let Some(pid) = srun.id().and_then(|id| Pid::from_raw(id as i32)) else { return };
+    if kill_process(pid, Signal::TERM).is_ok() {
+        let _ = tokio::time::timeout(STEP_GRACE, srun.wait()).await;
     }
 }
 

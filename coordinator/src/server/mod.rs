@@ -8,12 +8,14 @@ mod limits;
 mod opening;
 mod refusal;
 mod service;
+mod slurm;
 mod tls;
 mod wire;
 
 pub use launch::{LaunchError, LaunchPlan, Launcher, WorkerExit, find_worker, threads_per_worker};
 pub use opening::{OpenError, Opening, WayIn};
 pub use service::{AttachPlan, Link, LinkId, Origin, Server, WorkerEvent};
+pub use slurm::{Allocation, SlurmError};
 pub use tls::CertifyError;
 pub use wire::{Outgoing, PairBatch};
 

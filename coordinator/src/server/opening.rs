@@ -109,7 +109,7 @@ impl Opening {
                 (join::KEY, &credentials.worker_key_pem),
             ]);
         }
-        let published = if has_tls || launch.start == StartWorkers::None {
+        let published = if has_tls || launch.start != StartWorkers::Local {
             let folder: PathBuf =
                 std::path::absolute(folder).map_err(StoreError::io("find", folder))?;
             Some(SecretFolder::publish(&folder, &files)?)

@@ -24,7 +24,7 @@ use super::wire::{Incoming, Outgoing, incoming};
 use crate::run::command::{Rank, Report};
 
 /// What the run tells a worker that comes in.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct AttachPlan {
     /// Of the membership.
     pub generation: u64,
@@ -32,6 +32,12 @@ pub struct AttachPlan {
     pub world_size: u32,
     /// Seconds between heartbeats.
     pub heartbeat: f64,
+    /// Seconds without one after which the other side is gone.
+    pub silence: f64,
+    /// Where the run lies: weights go through files in it.
+    pub run_directory: String,
+    /// SHA-256 of its `config.toml`, by which a worker knows it.
+    pub config_sha256: Vec<u8>,
 }
 
 /// The way down to one worker. Its queue is bounded by the state machine, which
@@ -48,6 +54,9 @@ impl Link {
             rank: rank.0,
             world_size: plan.world_size,
             heartbeat_seconds: plan.heartbeat,
+            silence_seconds: plan.silence,
+            run_directory: plan.run_directory,
+            config_sha256: plan.config_sha256,
         };
         let _ = self.0.send(Ok(pb::CoordinatorMessage { body: Some(Down::Welcome(welcome)) }));
     }
@@ -83,6 +92,8 @@ pub enum WorkerEvent {
         rank: Rank,
         /// What it runs on, for people.
         about: String,
+        /// Name of its machine.
+        host: String,
         /// Its stream.
         id: LinkId,
         /// The way down to it.
@@ -208,7 +219,7 @@ impl coordinator_server::Coordinator for Service {
         );
         let link = Link(down);
         let id = LinkId(self.links.fetch_add(1, Ordering::Relaxed));
-        self.tell(WorkerEvent::Attach { rank, about, id, link, answer })?;
+        self.tell(WorkerEvent::Attach { rank, about, host: hello.host, id, link, answer })?;
         let answer = answered.await.map_err(|_| Status::unavailable("the run is over"))?;
         if let Err(why) = answer {
             return refuse(Refusal::NoPlace, Status::failed_precondition(why));

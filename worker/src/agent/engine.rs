@@ -1,5 +1,6 @@
 //! The thread that owns libtorch: one command at a time, each answered once.
 
+use std::net::{IpAddr, SocketAddr};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -115,6 +116,8 @@ pub(super) struct Engine {
 pub(super) struct Place {
     pub(super) rank: u32,
     pub(super) world_size: u32,
+    /// This machine's address on the network that leads to the others.
+    pub(super) host: IpAddr,
 }
 
 impl Engine {
@@ -295,26 +298,26 @@ impl Bench {
         store: Option<String>,
         timeout: Duration,
     ) -> Result<Reply> {
-        const HOST: &str = "127.0.0.1";
-        let Place { rank, world_size } = self.place;
+        let Place { rank, world_size, host: here } = self.place;
+        let host = here.to_string();
         // Those who are still in the old one must not wait for this rank.
         (self.group, self._store) = (None, None);
         let store = match store {
             Some(address) => {
-                let (host, port) = address
-                    .rsplit_once(':')
-                    .with_context(|| format!("store address {address:?} is not HOST:PORT"))?;
-                let port = port.parse().with_context(|| format!("port of {address:?}"))?;
-                Store::connect(host, port, timeout)?
+                let store: SocketAddr = address
+                    .parse()
+                    .with_context(|| format!("store address {address:?} is not IP:PORT"))?;
+                reaches(here, store.ip()).with_context(|| format!("rank {rank}"))?;
+                Store::connect(&store.ip().to_string(), store.port(), timeout)?
             }
             None if rank == 0 => {
-                let (store, port) = Store::listen(HOST)?;
-                self.tell(Reply::StoreListening(format!("{HOST}:{port}")));
+                let (store, port) = Store::listen(&host)?;
+                self.tell(Reply::StoreListening(SocketAddr::new(here, port).to_string()));
                 store
             }
             None => bail!("rank {rank} got no store address"),
         };
-        let group = ProcessGroup::form(&store, number, rank, world_size, timeout, HOST, self.device)?;
+        let group = ProcessGroup::form(&store, number, rank, world_size, timeout, &host, self.device)?;
         self.group = Some(group);
         self._store = Some(store);
         Ok(Reply::Done)
@@ -402,5 +405,32 @@ impl Bench {
 
     fn tell(&self, reply: Reply) {
         let _ = self.replies.send(reply);
+    }
+}
+
+/// Who is bound to loopback meets nobody who is not.
+fn reaches(here: IpAddr, rank_0: IpAddr) -> Result<()> {
+    if here.to_canonical().is_loopback() == rank_0.to_canonical().is_loopback() {
+        return Ok(());
+    }
+    bail!(
+        "it would meet the others at {here}, and rank 0 is at {rank_0}: one is loopback, where nobody from another machine comes; name the network between them with --interface, or launch.interface where the coordinator starts the workers"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loopback_and_a_network_do_not_meet() {
+        let meet = |a: &str, b: &str| match (a.parse(), b.parse()) {
+            (Ok(a), Ok(b)) => reaches(a, b).map_err(|error| error.to_string()),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(meet("127.0.0.1", "127.0.0.1"), Ok(()));
+        assert_eq!(meet("10.0.0.1", "10.0.0.2"), Ok(()));
+        assert!(meet("127.0.1.1", "10.0.0.2").is_err_and(|why| why.contains("--interface")));
+        assert!(meet("10.0.0.2", "::1").is_err());
     }
 }

@@ -4,13 +4,17 @@ mod connect;
 mod device;
 mod engine;
 mod hearing;
+mod interface;
 mod join;
+mod place;
 mod stream;
 mod wire;
 
 pub use connect::ConnectError;
 pub use device::{DeviceError, choose_device};
+pub use interface::InterfaceError;
 pub use join::{JoinError, JoinOptions};
+pub use place::Unseen;
 pub use stream::{AgentError, AgentOptions, run};
 
 /// Decodes a coordinator's message as the agent does, and drops it: for `tests/fuzz`.

@@ -1,6 +1,7 @@
 //! One stream, kept: commands down, replies and heartbeats up.
 
-use std::time::Duration;
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
 
 use drift_proto::PROTOCOL_VERSION;
 use drift_proto::v1::{self as pb, coordinator_message::Body as Down, worker_message::Body as Up};
@@ -12,7 +13,9 @@ use tracing::{info, warn};
 
 use super::connect::{self, ConnectError};
 use super::engine::{Engine, Place, Reply};
+use super::interface::{self, InterfaceError};
 use super::join::JoinOptions;
+use super::place::{self, Unseen};
 use super::wire;
 
 /// How a worker finds its coordinator and what it brings.
@@ -33,6 +36,9 @@ pub struct AgentOptions {
     pub threads: u32,
     /// Name of this machine.
     pub host: String,
+    /// Interface or address at which the other workers meet it; none: on the way to the
+    /// coordinator.
+    pub interface: Option<String>,
 }
 
 /// Why a worker ends other than by being told to.
@@ -47,6 +53,12 @@ pub enum AgentError {
     /// The stream ended; the coordinator is gone, or gave this worker up.
     #[error("lost the coordinator: {0}")]
     Lost(String),
+    /// The run directory is out of sight.
+    #[error(transparent)]
+    Unseen(#[from] Unseen),
+    /// There is no such interface.
+    #[error(transparent)]
+    Interface(#[from] InterfaceError),
     /// The engine's thread cannot be started.
     #[error("start the engine's thread: {0}")]
     Engine(std::io::Error),
@@ -73,18 +85,49 @@ pub async fn run(options: AgentOptions) -> Result<(), AgentError> {
 
 /// Attaches once, and serves until the stream ends.
 async fn attend(options: &AgentOptions) -> Result<(), AgentError> {
-    let (up, mut inbound) = connect::attach(&options.join, &hello(options), options.wait).await?;
+    let (up, mut inbound, here) =
+        connect::attach(&options.join, &hello(options), options.wait).await?;
     let welcome = match inbound.next().await {
         Some(Ok(pb::CoordinatorMessage { body: Some(Down::Welcome(welcome)) })) => welcome,
         Some(Err(status)) => return Err(AgentError::Refused(status.message().to_owned())),
         _ => return Err(AgentError::Refused("it sent no welcome".to_owned())),
     };
-    let mut session = Session::begin(options.device, &welcome, up)?;
+    let usable = async {
+        place::look(&welcome, &options.host)?;
+        Ok::<_, AgentError>(interface::address(options.interface.as_deref(), here).await?)
+    };
+    let here = match usable.await {
+        Ok(here) => here,
+        Err(error) => return give_up(error, &welcome, &up, &mut inbound).await,
+    };
+    let mut session = Session::begin(options, &welcome, up, here)?;
     let ended = session.serve(&mut inbound).await;
     if !session.retire().await {
         kill_self();
     }
     ended
+}
+
+/// Tells the coordinator why this worker is of no use, and waits to be told to leave: so
+/// that it is told, too.
+async fn give_up(
+    error: AgentError,
+    welcome: &pb::Welcome,
+    up: &UnboundedSender<pb::WorkerMessage>,
+    inbound: &mut Streaming<pb::CoordinatorMessage>,
+) -> Result<(), AgentError> {
+    let failure = wire::message(Reply::Failed(error.to_string()));
+    let generation = welcome.generation;
+    let _ = up.send(pb::WorkerMessage { generation, body: Some(failure) });
+    let told = async {
+        while let Some(Ok(message)) = inbound.next().await {
+            if matches!(message.body, Some(Down::Shutdown(_))) {
+                break;
+            }
+        }
+    };
+    let _ = tokio::time::timeout(STOP_GRACE, told).await;
+    Err(error)
 }
 
 /// The engine is inside libtorch, perhaps in a collective whose peer is gone: nothing
@@ -115,15 +158,34 @@ struct Session {
     up: UnboundedSender<pb::WorkerMessage>,
     generation: u64,
     heartbeat: tokio::time::Interval,
+    /// This machine's address at which the others meet it.
+    here: IpAddr,
+    /// Its coordinator is gone when nothing is heard of it for so long; none: its end is
+    /// seen some other way.
+    silence: Option<Duration>,
+    heard: Instant,
 }
 
 impl Session {
     fn begin(
+        options: &AgentOptions,
+        welcome: &pb::Welcome,
+        up: UnboundedSender<pb::WorkerMessage>,
+        here: IpAddr,
+    ) -> Result<Self, AgentError> {
+        let silence = Duration::try_from_secs_f64(welcome.silence_seconds).ok();
+        let silence = silence.filter(|silence| options.rejoins && !silence.is_zero());
+        Self::anew(options.device, welcome, up, here, silence)
+    }
+
+    fn anew(
         device: Device,
         welcome: &pb::Welcome,
         up: UnboundedSender<pb::WorkerMessage>,
+        here: IpAddr,
+        silence: Option<Duration>,
     ) -> Result<Self, AgentError> {
-        let place = Place { rank: welcome.rank, world_size: welcome.world_size };
+        let place = Place { rank: welcome.rank, world_size: welcome.world_size, host: here };
         let generation = welcome.generation;
         info!(rank = place.rank, world_size = place.world_size, generation, "attached");
         let (replies, replied) = mpsc::unbounded_channel();
@@ -132,7 +194,8 @@ impl Session {
             .unwrap_or(Duration::from_secs(1));
         let mut heartbeat = tokio::time::interval(period);
         heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        Ok(Self { device, engine, replied, up, generation, heartbeat })
+        let heard = Instant::now();
+        Ok(Self { device, engine, replied, up, generation, heartbeat, here, silence, heard })
     }
 
     fn send(&self, body: Up) {
@@ -148,7 +211,7 @@ impl Session {
         loop {
             tokio::select! {
                 message = inbound.next() => match message {
-                    Some(Ok(pb::CoordinatorMessage { body: Some(body) })) => match body {
+                    Some(Ok(pb::CoordinatorMessage { body: Some(body) })) => match self.hear(body) {
                         Down::Shutdown(_) => return Ok(()),
                         Down::Abort(_) => {
                             info!("told to stop");
@@ -174,9 +237,20 @@ impl Session {
                     }
                     self.send(wire::message(reply));
                 }
-                _ = self.heartbeat.tick() => self.beat(),
+                _ = self.heartbeat.tick() => {
+                    self.beat();
+                    if let Some(silence) = self.silence.filter(|s| self.heard.elapsed() > *s) {
+                        return Err(AgentError::Lost(format!("nothing was heard for {silence:?}")));
+                    }
+                }
             }
         }
+    }
+
+    /// Whatever it says, the coordinator lives.
+    fn hear(&mut self, body: Down) -> Down {
+        self.heard = Instant::now();
+        body
     }
 
     /// Drops what belongs to the generation so far, and begins the next.
@@ -184,7 +258,7 @@ impl Session {
         if !self.retire().await {
             kill_self();
         }
-        *self = Self::begin(self.device, welcome, self.up.clone())?;
+        *self = Self::anew(self.device, welcome, self.up.clone(), self.here, self.silence)?;
         self.send(Up::Ready(pb::Ready {}));
         Ok(())
     }

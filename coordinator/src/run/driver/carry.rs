@@ -305,7 +305,7 @@ pub(super) fn renew_metrics(journal: &Journal, run: &RunDir) -> Result<()> {
 }
 
 /// Folders travel to workers as text.
-fn utf8(path: &Path) -> Result<String> {
+pub(super) fn utf8(path: &Path) -> Result<String> {
     path.to_str().map(str::to_owned).with_context(|| {
         format!(
             "{} is not UTF-8; take a run directory and a model folder whose names are",

@@ -15,13 +15,14 @@ pub(super) struct Peer {
     id: LinkId,
     /// What its messages must name: others are of before it was called anew.
     generation: u64,
+    host: String,
 }
 
 impl Driver {
     pub(super) fn worker_event(&mut self, event: WorkerEvent) {
         match event {
-            WorkerEvent::Attach { rank, about, id, link, answer } => {
-                let answered = self.admit(rank, id, &link);
+            WorkerEvent::Attach { rank, about, host, id, link, answer } => {
+                let answered = self.admit(rank, id, &link, host);
                 if let Err(why) = &answered {
                     warn!(%rank, why, "refuse a worker");
                 }
@@ -29,6 +30,7 @@ impl Driver {
                 let is_listening = answer.send(answered).is_ok();
                 if is_in && is_listening {
                     info!(%rank, about, generation = self.generation, "worker attached");
+                    self.look_at_places();
                     self.feed(Event::Attached(rank));
                 } else if is_in {
                     self.peers.remove(&rank);
@@ -65,7 +67,7 @@ impl Driver {
     }
 
     /// Lets a worker in, in a generation of its own.
-    fn admit(&mut self, rank: Rank, id: LinkId, link: &Link) -> Result<(), String> {
+    fn admit(&mut self, rank: Rank, id: LinkId, link: &Link, host: String) -> Result<(), String> {
         let world_size = self.session.workers;
         if rank.0 >= world_size {
             return Err(format!("slot {rank} is outside this run's {world_size} workers"));
@@ -75,7 +77,7 @@ impl Driver {
         }
         let generation = self.next_generation().map_err(|error| format!("{error:#}"))?;
         link.welcome(rank, self.plan(generation));
-        self.peers.insert(rank, Peer { link: link.clone(), id, generation });
+        self.peers.insert(rank, Peer { link: link.clone(), id, generation, host });
         Ok(())
     }
 
@@ -85,10 +87,30 @@ impl Driver {
     }
 
     fn plan(&self, generation: u64) -> AttachPlan {
+        let launch = &self.session.settings.launch;
         AttachPlan {
             generation,
             world_size: self.session.workers,
-            heartbeat: self.session.settings.launch.heartbeat,
+            heartbeat: launch.heartbeat,
+            // Not to be hasty: the coordinator may be at something, and is asked in vain then.
+            silence: 3.0 * launch.heartbeat_deadline,
+            run_directory: self.place.0.clone(),
+            config_sha256: self.place.1.clone(),
+        }
+    }
+
+    /// Collectives go round in the order of ranks: says so where that crosses the
+    /// network more often than it must.
+    fn look_at_places(&self) {
+        if self.peers.len() < self.session.workers as usize {
+            return;
+        }
+        let hosts: Vec<_> = self.peers.values().map(|peer| peer.host.as_str()).collect();
+        if let Some(host) = scattered(&hosts) {
+            warn!(
+                host,
+                "its workers are not neighbours, and gradients cross the network more often than they must; give each machine's workers slots that follow one another"
+            );
         }
     }
 
@@ -132,7 +154,7 @@ impl Driver {
         for rank in ranks {
             if let Some(peer) = self.peers.get_mut(rank) {
                 peer.generation = generation;
-                peer.link.welcome(*rank, plan);
+                peer.link.welcome(*rank, plan.clone());
             }
         }
         Ok(())
@@ -170,5 +192,27 @@ impl Driver {
             Some(peer) => Ok(&peer.link),
             None => bail!("worker {rank} is gone"),
         }
+    }
+}
+
+/// A host that comes again in the order of ranks, behind another.
+fn scattered<'a>(hosts: &[&'a str]) -> Option<&'a str> {
+    let mut gone = std::collections::BTreeSet::new();
+    hosts.windows(2).filter(|pair| pair[0] != pair[1]).find_map(|pair| {
+        gone.insert(pair[0]);
+        gone.contains(pair[1]).then_some(pair[1])
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::scattered;
+
+    #[test]
+    fn hosts_whose_ranks_are_apart_are_found() {
+        assert_eq!(scattered(&["a", "a", "b", "b"]), None);
+        assert_eq!(scattered(&["a"]), None);
+        assert_eq!(scattered(&["a", "b", "a", "b"]), Some("a"));
+        assert_eq!(scattered(&["a", "b", "c", "c", "b"]), Some("b"));
     }
 }

@@ -22,6 +22,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
+use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 use tracing::{debug, info};
 
@@ -39,7 +40,8 @@ use super::plan::{CostModel, Shard, plan_shards};
 use crate::config::{Settings, StartWorkers};
 use crate::domain::{Iteration, PairId, PairRow, ShardId, TokenPair};
 use crate::server::{
-    LaunchPlan, Launcher, Opening, Server, WorkerEvent, WorkerExit, find_worker, threads_per_worker,
+    Allocation, LaunchPlan, Launcher, Opening, Server, WorkerEvent, WorkerExit, find_worker,
+    threads_per_worker,
 };
 use crate::store::metrics::MetricsLog;
 use crate::store::{Commit, CommittedPhase, FileEntry, Journal, RunDir, names};
@@ -67,6 +69,15 @@ pub struct Session {
     pub progress: Progress,
 }
 
+/// How a run is asked to stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// Workers drop what they are at.
+    Now,
+    /// As soon as what is under way is saved.
+    Soon,
+}
+
 /// Heartbeats and deadlines are looked at this often.
 const TICK: Duration = Duration::from_millis(250);
 
@@ -82,6 +93,8 @@ enum Finished {
 /// The running session.
 struct Driver {
     session: Session,
+    /// Where the run lies, and the hash by which workers know it.
+    place: (String, Vec<u8>),
     machine: Machine,
     began: Instant,
     launcher: Launcher,
@@ -104,7 +117,7 @@ struct Driver {
 /// # Errors
 /// What cannot be begun: no worker program, no port. What goes wrong later is
 /// an [`Outcome::Failed`].
-pub async fn drive(session: Session, mut stop: mpsc::Receiver<()>) -> Result<(Session, Outcome)> {
+pub async fn drive(session: Session, mut stop: mpsc::Receiver<Stop>) -> Result<(Session, Outcome)> {
     let settings = session.settings.clone();
     let cost = cost_model(&session.model_dir)?;
     let prompts = session.prepared.prompt_lengths();
@@ -116,19 +129,24 @@ pub async fn drive(session: Session, mut stop: mpsc::Receiver<()>) -> Result<(Se
     if start.resume.position == Position::Finished {
         return Ok((start.finish()?, Outcome::Finished));
     }
-    let starts_workers = settings.launch.start == StartWorkers::Local;
+    let starts_workers = settings.launch.start != StartWorkers::None;
+    let by_slurm = settings.launch.start == StartWorkers::Slurm;
+    let job = by_slurm.then(|| Allocation::of_this_job(start.session.workers)).transpose()?;
     let program = starts_workers.then(|| find_worker(&settings.launch)).transpose()?;
     let opening = Opening::make(&settings.launch, &start.session.run.join()).await?;
     let address = opening.address;
     let workers = start.session.workers;
+    job.as_ref().map_or(Ok(()), |job| job.reaches(address))?;
     let server = Server::start(opening, workers, worker_events);
-    let threads = threads_per_worker(&settings.launch, workers);
+    let threads =
+        threads_per_worker(&settings.launch, job.as_ref().map_or(workers, Allocation::per_node));
     let plan = program.map(|program| LaunchPlan {
         program,
         threads,
         way: Arc::clone(&server.way),
         logs: start.session.run.logs(),
         settings: settings.launch.clone(),
+        job,
     });
     let mut driver = Driver::new(start, Launcher::new(plan, exits), finished)?;
     driver.record_start(threads)?;
@@ -146,10 +164,16 @@ pub async fn drive(session: Session, mut stop: mpsc::Receiver<()>) -> Result<(Se
             Some(event) = from_workers.recv() => driver.worker_event(event),
             Some(exit) = exited.recv() => driver.worker_exit(exit),
             Some(done) = from_threads.recv() => driver.thread_done(done),
-            _ = stop.recv() => {
-                info!("stop: workers end what they are at, what is committed stands");
-                driver.feed(Event::StopRequested);
-            }
+            Some(stop) = stop.recv() => match stop {
+                Stop::Now => {
+                    info!("stop: workers end what they are at, what is committed stands");
+                    driver.feed(Event::StopRequested);
+                }
+                Stop::Soon => {
+                    info!("stop soon: what is under way is saved first");
+                    driver.feed(Event::LeaveRequested);
+                }
+            },
             _ = tick.tick() => {
                 for peer in driver.peers.values() {
                     peer.link.send(crate::server::Outgoing::Heartbeat);
@@ -209,7 +233,12 @@ impl Driver {
             .map(|shard| (shard.id, shard))
             .collect();
         carry::renew_metrics(&session.journal, &session.run)?;
+        let root = std::path::absolute(session.run.root()).context("find the run directory")?;
+        let config = session.run.config_path();
+        let config =
+            std::fs::read(&config).with_context(|| format!("read {}", config.display()))?;
         Ok(Self {
+            place: (carry::utf8(&root)?, Sha256::digest(&config).to_vec()),
             generation: session.journal.next_generation()?,
             view: View::new(session.progress.clone(), session.settings.run.log_steps),
             machine: Machine::new(Duration::ZERO, shape, resume),

@@ -146,6 +146,8 @@ pub enum Event {
     EffectFailed(String),
     /// Ctrl-C or SIGTERM.
     StopRequested,
+    /// SIGUSR1: it is to stop soon, and what is under way to be kept.
+    LeaveRequested,
     /// Time passed.
     Tick,
 }

@@ -1,6 +1,7 @@
 //! The state machine: every decision of a run, and no clock, chance or I/O.
 
 mod events;
+mod leaving;
 mod members;
 mod phases;
 mod position;
@@ -115,6 +116,8 @@ pub struct Machine {
     /// Tokens trained in the iteration so far.
     tokens: u64,
     watch: Watch,
+    /// It is to stop as soon as nothing is lost by it.
+    is_leaving: bool,
 }
 
 /// How the iteration's training has gone, since this process follows it.
@@ -140,6 +143,7 @@ impl Machine {
             references: resume.references.clone(),
             tokens: resume.tokens,
             watch: Watch::default(),
+            is_leaving: false,
             resume,
             shape,
         }
@@ -177,6 +181,7 @@ impl Machine {
             Event::CheckpointPublished => self.published(&mut effects),
             Event::EffectFailed(why) => self.end(Outcome::Failed(why), &mut effects),
             Event::StopRequested => self.end(Outcome::Stopped, &mut effects),
+            Event::LeaveRequested => self.leave(&mut effects),
             Event::Tick => self.tick(now, &mut effects),
         }
         effects
@@ -242,6 +247,10 @@ impl Machine {
     }
 
     fn go_on(&mut self, position: Position, effects: &mut Vec<Effect>) {
+        if self.is_leaving && position != Position::Finished {
+            self.end(Outcome::Stopped, effects);
+            return;
+        }
         match position {
             Position::Start => {
                 self.commit(Iteration(0), CommittedPhase::Prepared, None, json!({}), effects);

@@ -189,7 +189,7 @@ impl Machine {
             self.furthest = Some((iteration, step));
             self.members.progressed();
         }
-        self.save_if_due(effects);
+        self.step_joined(effects);
     }
 
     pub(super) fn begin_saving(&mut self, k: Iteration, epoch: Epoch, effects: &mut Vec<Effect>) {

@@ -19,6 +19,11 @@ impl Machine {
             return;
         }
         effects.push(Effect::Lost(rank, why.to_owned()));
+        if self.is_leaving && !self.is_replaced_in_place(rank) {
+            // What is on disk stands; to make up for it would take longer than is left.
+            self.end(Outcome::Stopped, effects);
+            return;
+        }
         if at_once {
             effects.push(Effect::Start(rank));
         }
@@ -130,6 +135,10 @@ impl Machine {
 
     /// Everybody drops what they hold; then the group forms anew.
     fn rewind(&mut self, effects: &mut Vec<Effect>) {
+        if self.is_leaving {
+            self.end(Outcome::Stopped, effects);
+            return;
+        }
         effects.push(Effect::Call(self.members.call()));
         effects.push(Effect::Rewind);
         self.is_grouped = false;

@@ -1,6 +1,8 @@
 //! What workers tell: taken if it belongs to the state, refused if not.
 
-use super::{Command, Effect, Epoch, Machine, Now, Phase, Position, Rank, Report, Stage, State};
+use super::{
+    Command, Effect, Epoch, Machine, Now, Outcome, Phase, Position, Rank, Report, Stage, State,
+};
 use crate::store::CommittedPhase;
 use serde_json::json;
 
@@ -111,7 +113,9 @@ impl Machine {
                 match phase {
                     Phase::Sampling(stage) => {
                         stage.dispatch(members, &welcome, effects);
-                        if stage.is_done() {
+                        if stage.is_done() && stage.is_cut() {
+                            self.end(Outcome::Stopped, effects);
+                        } else if stage.is_done() {
                             self.commit(k, CommittedPhase::Sampled, None, json!({}), effects);
                             self.go_on(Position::Pairing(k), effects);
                         }
@@ -129,7 +133,8 @@ impl Machine {
                     Phase::Training { epoch, stage, .. } => {
                         let epoch = *epoch;
                         stage.dispatch(members, &welcome, effects);
-                        if stage.is_done() {
+                        // Cut short, it waits for its snapshot.
+                        if stage.is_done() && !stage.is_cut() {
                             self.begin_saving(k, epoch, effects);
                         }
                     }

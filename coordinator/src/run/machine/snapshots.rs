@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use super::SnapshotKind;
 use super::{
-    Command, Effect, Machine, Now, Phase, Rank, SaveSeconds, SnapshotId, State, Step, WrittenFile,
+    Command, Effect, Machine, Now, Outcome, Phase, Rank, SaveSeconds, SnapshotId, State, Step,
+    WrittenFile,
 };
 
 /// When to save: whichever comes first.
@@ -54,23 +55,37 @@ impl Saves {
 }
 
 impl Machine {
-    /// A step was joined: asks for a snapshot if one is due, behind the steps that
-    /// are handed out.
+    /// A step was joined: asks for a snapshot if one is due.
+    pub(super) fn step_joined(&mut self, effects: &mut Vec<Effect>) {
+        if let State::Working { phase: Phase::Training { saves, .. }, .. } = &mut self.state {
+            saves.steps += 1;
+        }
+        self.save_if_due(effects);
+    }
+
+    /// Asks for a snapshot if one is due, behind the steps that are handed out. A run
+    /// that is leaving takes none up behind it; where none is left, the epoch's end
+    /// saves.
     pub(super) fn save_if_due(&mut self, effects: &mut Vec<Effect>) {
-        let (now, rule) = (self.now, self.shape.snapshots);
+        let (now, rule, is_leaving) = (self.now, self.shape.snapshots, self.is_leaving);
         let ranks = self.members.ranks();
         let State::Working { iteration, phase: Phase::Training { stage, saves, .. } } =
             &mut self.state
         else {
             return;
         };
-        saves.steps += 1;
-        if saves.under_way.is_some() || !rule.is_due(saves.steps, now.saturating_sub(saves.since)) {
+        let is_due = is_leaving || rule.is_due(saves.steps, now.saturating_sub(saves.since));
+        if saves.under_way.is_some() || stage.is_cut() || !is_due {
             return;
         }
         let k = *iteration;
         let id = |step: Step| SnapshotId::After(k, step);
-        if let Some(step) = stage.insert_behind_steps(&|step| Command::SaveState(id(step))) {
+        let save = |step| Command::SaveState(id(step));
+        let behind = match is_leaving {
+            true => stage.end_behind_steps(&save),
+            false => stage.insert_behind_steps(&save),
+        };
+        if let Some(step) = behind {
             effects.push(Effect::BeginSnapshot(id(step), SnapshotKind::State));
             let waiting_for = ranks.collect();
             *saves = Saves {
@@ -114,6 +129,19 @@ impl Machine {
             self.members.progressed();
             effects.push(Effect::KeepSnapshot(id, files));
             effects.push(Effect::SnapshotKept(id, seconds));
+            self.leave_behind_snapshot(effects);
+        }
+    }
+
+    /// A snapshot is kept, or failed: a run that waited for it ends; one that is
+    /// leaving and waited for an earlier one asks for its own.
+    fn leave_behind_snapshot(&mut self, effects: &mut Vec<Effect>) {
+        match &self.state {
+            State::Working { phase: Phase::Training { stage, .. }, .. } if stage.is_cut() => {
+                self.end(Outcome::Stopped, effects);
+            }
+            _ if self.is_leaving => self.save_if_due(effects),
+            _ => {}
         }
     }
 
@@ -124,6 +152,7 @@ impl Machine {
         };
         if let Some(under_way) = saves.under_way.take_if(|under_way| is_after(under_way.id, step)) {
             effects.push(Effect::SnapshotFailed(under_way.id, why));
+            self.leave_behind_snapshot(effects);
         }
     }
 }

@@ -19,6 +19,9 @@ pub(super) struct Stage {
     /// Oldest first.
     asked: Vec<VecDeque<Asked>>,
     depth: usize,
+    /// Commands were taken back for good: when the rest is answered, the phase is not
+    /// over.
+    is_cut: bool,
 }
 
 /// A command that was handed out, and whose it is.
@@ -50,6 +53,7 @@ impl Stage {
             bound: commands.into_iter().map(VecDeque::from).collect(),
             shared: VecDeque::new(),
             depth: BOUND_DEPTH,
+            is_cut: false,
         }
     }
 
@@ -67,6 +71,7 @@ impl Stage {
             shared: commands.into(),
             asked: vec![VecDeque::new(); world_size],
             depth: 1,
+            is_cut: false,
         }
     }
 
@@ -165,6 +170,29 @@ impl Stage {
             queue.insert(place, command(last));
         }
         Some(last)
+    }
+
+    /// As [`Self::insert_behind_steps`], and takes back all that comes after it.
+    pub(super) fn end_behind_steps(&mut self, command: &dyn Fn(Step) -> Command) -> Option<Step> {
+        let last = self.insert_behind_steps(command)?;
+        let end = command(last);
+        for queue in &mut self.bound {
+            let place = queue.iter().position(|waiting| *waiting == end);
+            queue.truncate(place.map_or(queue.len(), |place| place + 1));
+        }
+        self.is_cut = true;
+        Some(last)
+    }
+
+    /// Takes back the shared commands that nobody was handed yet.
+    pub(super) fn withhold_shared(&mut self) {
+        self.is_cut |= !self.shared.is_empty();
+        self.shared.clear();
+    }
+
+    /// Whether commands were taken back for good.
+    pub(super) fn is_cut(&self) -> bool {
+        self.is_cut
     }
 
     /// Whether a rank has something left to do, or to answer.

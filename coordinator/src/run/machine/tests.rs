@@ -1,6 +1,7 @@
 //! Runs simulated to their end: workers that answer whatever they are asked.
 
 mod faults;
+mod leaving;
 mod workers;
 mod world;
 

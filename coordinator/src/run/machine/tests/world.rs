@@ -71,6 +71,11 @@ pub(super) struct World {
     now: Now,
     pub(super) losses: usize,
     pub(super) crashes: usize,
+    /// The run is asked to leave once in so many happenings, and gone on with; 0: never.
+    pub(super) leave_rarity: usize,
+    pub(super) leaves: usize,
+    /// Steps that were computed, and shards, over all lives.
+    pub(super) computed: (usize, usize),
     pub(super) outcome: Option<Outcome>,
 }
 
@@ -93,6 +98,9 @@ impl World {
             now: Duration::ZERO,
             losses: 0,
             crashes: 0,
+            leave_rarity: 0,
+            leaves: 0,
+            computed: (0, 0),
             outcome: None,
         }
     }
@@ -118,6 +126,15 @@ impl World {
             };
             for event in events.into_iter().chain([Event::Tick]) {
                 self.feed(&mut machine, event);
+            }
+            if self.leave_rarity > 0 && dice.below(self.leave_rarity) == 0 {
+                self.feed(&mut machine, Event::LeaveRequested);
+            }
+            if self.outcome == Some(Outcome::Stopped) {
+                self.outcome = None;
+                self.leaves += 1;
+                self.restart();
+                machine = Machine::new(self.now, self.shape.clone(), self.resume());
             }
         }
         panic!("the run does not end: {machine:?}");
@@ -180,6 +197,10 @@ impl World {
 
     fn crash(&mut self) {
         self.crashes += 1;
+        self.restart();
+    }
+
+    fn restart(&mut self) {
         self.workers.iter_mut().for_each(|worker| *worker = None);
         self.starting = (0..self.workers.len()).collect();
         self.called.clear();
@@ -224,6 +245,7 @@ impl World {
                 events
             }
             Happening::StepTogether => {
+                self.computed.0 += 1;
                 let weights: BTreeSet<_> = self.alive().map(|w| (w.weights, w.group)).collect();
                 assert_eq!(weights.len(), 1, "ranks that step together are alike: {weights:?}");
                 let mut events = Vec::new();
@@ -282,6 +304,7 @@ impl World {
                 self.disk.models.insert((*k, *epoch), weights());
             }
             Command::Sample { .. } => {
+                self.computed.1 += 1;
                 let Report::ShardDone { shard, mut samples } = answer(command) else {
                     unreachable!()
                 };
