@@ -26,11 +26,14 @@ STAMP := .venv/.installed-$(shell cat $(REQUIREMENTS) | sha256sum | cut -c1-16)
 DENY_VERSION := 0.20.2
 DENY := .cache/tools/cargo-deny-$(DENY_VERSION)/bin/cargo-deny
 
-.PHONY: help setup system build demo bench chaos test check deny clean
+.PHONY: help setup system libtorch build demo bench chaos images test test-compose check deny clean
 
 help: ## list these targets
 	@echo "usage: make TARGET"
-	sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
+
+# Libtorch alone: REQUIREMENTS=tests/python/requirements-build.txt leaves the peers out.
+libtorch: system $(STAMP)
 
 setup: system $(STAMP) ## install libtorch, the pinned peers and the demo model here
 	@.venv/bin/python configs/demo/export_model.py $(MODEL)
@@ -99,6 +102,27 @@ FIRST_SEED ?= 0
 
 chaos: build ## kill and stop processes of small runs, SEEDS=100 times, and compare bytes
 	@target/release/chaos --seeds $(SEEDS) --first-seed $(FIRST_SEED) $(ARGS)
+
+# Container images to make; worker-cuda where the build has CUDA.
+IMAGES ?= coordinator worker
+IMAGE_TAG ?= latest
+REVISION = $(shell git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
+
+images: build ## make the container images from what is built here
+	@deploy/docker/base-image
+	for image in $(IMAGES); do
+		deploy/docker/lay-out target/images/roots $$image
+	done
+	for image in $(IMAGES); do
+		docker build --quiet --file deploy/docker/Dockerfile --target $$image --tag drift-$$image:$(IMAGE_TAG) \
+			--build-arg BUILDER=debian:bookworm-slim --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) \
+			target/images >/dev/null
+		docker image inspect --format "drift-$$image:$(IMAGE_TAG): {{.Size}} bytes" drift-$$image:$(IMAGE_TAG)
+	done
+
+test-compose: images ## run the demo in containers, disturb it, and compare bytes
+	@target/release/compose $(ARGS)
 
 # Whole-system tests compute on every core: one at a time, whichever runner.
 test: build ## run all tests

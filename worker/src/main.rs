@@ -3,11 +3,13 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
+use drift_proto::watch::{self, WatchAddress};
 use drift_proto::{JOIN_DIR_ENV, JOIN_TOKEN_ENV, LAUNCHER_ENV};
-use drift_worker::agent::{AgentOptions, JoinOptions, choose_device, run};
+use drift_worker::agent::{AgentOptions, JoinOptions, Watch, choose_device, device_name, run};
 use tracing::{error, info};
 use tracing_subscriber::EnvFilter;
 
@@ -44,6 +46,15 @@ struct Arguments {
     #[arg(long, default_value = "auto")]
     device: String,
 
+    /// Show /healthz, /readyz and Prometheus' /metrics at this port of loopback, or at
+    /// IP:PORT. They tell numbers, and to whoever asks.
+    #[arg(long, value_name = "[IP:]PORT")]
+    metrics: Option<WatchAddress>,
+
+    /// Log lines as text or json.
+    #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = ["text", "json"])]
+    log_format: String,
+
     /// Threads to compute with on CPU.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: u32,
@@ -52,11 +63,14 @@ struct Arguments {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let filter = EnvFilter::try_from_env("DRIFT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
+    let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .init();
+        .with_ansi(false);
+    match arguments.log_format.as_str() {
+        "json" => log.json().init(),
+        _ => log.init(),
+    }
     match serve(arguments) {
         Ok(()) => {
             info!("leaving");
@@ -72,9 +86,15 @@ fn main() -> ExitCode {
 fn serve(arguments: Arguments) -> anyhow::Result<()> {
     end_with_launcher()?;
     tch::set_num_threads(arguments.threads as i32);
+    let device = choose_device(&arguments.device, arguments.slot)?;
+    let watch = Arc::new(Watch::new(arguments.slot, &device_name(device))?);
+    if let Some(address) = arguments.metrics {
+        let address = watch::serve(address, Arc::clone(&watch) as _)?;
+        info!(%address, "show /healthz, /readyz and /metrics");
+    }
     let options = AgentOptions {
         rejoins: std::env::var_os(LAUNCHER_ENV).is_none(),
-        device: choose_device(&arguments.device, arguments.slot)?,
+        device,
         join: JoinOptions {
             coordinator: arguments.coordinator,
             folder: arguments.join,
@@ -84,6 +104,7 @@ fn serve(arguments: Arguments) -> anyhow::Result<()> {
         slot: arguments.slot,
         threads: arguments.threads,
         host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+        watch,
     };
     // One thread for the stream; libtorch has its own, so that heartbeats never
     // wait for a step.

@@ -98,8 +98,10 @@ pub enum ConnectError {
     },
 }
 
-/// An open stream: what goes up, and what comes down.
-pub(super) type Opened = (UnboundedSender<pb::WorkerMessage>, Streaming<pb::CoordinatorMessage>);
+/// An open stream: what goes up, what comes down, and this machine's address on the
+/// way to the coordinator.
+pub(super) type Opened =
+    (UnboundedSender<pb::WorkerMessage>, Streaming<pb::CoordinatorMessage>, IpAddr);
 
 /// For the name's resolution, TCP and TLS.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
@@ -192,7 +194,8 @@ async fn open(credentials: &Credentials, hello: &pb::Hello) -> Result<Opened, Fa
         token.map_err(|_| Failed::Forever(ConnectError::Token))?;
     token.set_sensitive(true);
     let connected = tokio::time::timeout(CONNECT_DEADLINE, connect(credentials, &uri)).await;
-    let stream = connected.map_err(|_| Failed::ForNow(format!("{address} does not answer")))??;
+    let (stream, here) =
+        connected.map_err(|_| Failed::ForNow(format!("{address} does not answer")))??;
     let heard = stream.heard();
     let failed = |code, message: String| failed(credentials, heard.get(), code, message);
     let channel = over(stream, uri).await.map_err(|error| failed(Code::Unknown, told(&error)))?;
@@ -205,14 +208,14 @@ async fn open(credentials: &Credentials, hello: &pb::Hello) -> Result<Opened, Fa
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
     match tokio::time::timeout(ANSWER_DEADLINE, client.attach(request)).await {
-        Ok(Ok(response)) => Ok((up, response.into_inner())),
+        Ok(Ok(response)) => Ok((up, response.into_inner(), here)),
         Ok(Err(status)) => Err(failed(status.code(), status.message().to_owned())),
         Err(_) => Err(Failed::ForNow(format!("{address} leaves a greeting without an answer"))),
     }
 }
 
 /// TCP, and TLS where the address says so.
-async fn connect(credentials: &Credentials, uri: &Uri) -> Result<Hearing, Failed> {
+async fn connect(credentials: &Credentials, uri: &Uri) -> Result<(Hearing, IpAddr), Failed> {
     let address = &credentials.coordinator;
     let for_now = |error: io::Error| Failed::ForNow(format!("{address}: {error}"));
     let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
@@ -220,16 +223,17 @@ async fn connect(credentials: &Credentials, uri: &Uri) -> Result<Hearing, Failed
     let stream =
         TcpStream::connect((host, uri.port_u16().unwrap_or_default())).await.map_err(for_now)?;
     stream.set_nodelay(true).map_err(for_now)?;
+    let here = stream.local_addr().map_err(for_now)?.ip();
     let Some(tls) = tls else {
         if !stays_here(stream.peer_addr().map_err(for_now)?.ip()) {
             return Err(Failed::Forever(ConnectError::Plain { address: address.clone() }));
         }
-        return Ok(Hearing::new(Box::new(stream), false));
+        return Ok((Hearing::new(Box::new(stream), false), here));
     };
     let name = ServerName::try_from(host.to_owned())
         .map_err(|_| Failed::Forever(ConnectError::Address(address.clone())))?;
     match TlsConnector::from(tls).connect(name, stream).await {
-        Ok(stream) => Ok(Hearing::new(Box::new(stream), true)),
+        Ok(stream) => Ok((Hearing::new(Box::new(stream), true), here)),
         Err(error) => Err(match tls_error(&error) {
             Some(TlsError::InvalidCertificate(
                 CertificateError::UnknownIssuer | CertificateError::BadSignature,

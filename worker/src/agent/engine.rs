@@ -1,5 +1,6 @@
 //! The thread that owns libtorch: one command at a time, each answered once.
 
+use std::net::{IpAddr, SocketAddr};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -57,6 +58,25 @@ pub(super) enum Command {
     SaveModel(PathBuf),
 }
 
+impl Command {
+    /// As metrics name it.
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::OpenGroup { .. } => "open_group",
+            Self::LoadModel { .. } => "load_model",
+            Self::Sample { .. } => "sample",
+            Self::Score { .. } => "score",
+            Self::Embed { .. } => "embed",
+            Self::BeginTraining(_) => "begin_training",
+            Self::TrainStep(_) => "train_step",
+            Self::SaveState(_) | Self::SaveStateBeside { .. } => "save_state",
+            Self::LoadState(_) => "load_state",
+            Self::SaveModel(_) => "save_model",
+        }
+    }
+}
+
 /// What it tells.
 #[derive(Debug)]
 pub(super) enum Reply {
@@ -100,6 +120,16 @@ pub(super) enum Reply {
     Failed(String),
 }
 
+impl Reply {
+    /// Whether it answers a command, rather than telling of one under way.
+    pub(super) fn is_final(&self) -> bool {
+        !matches!(
+            self,
+            Self::StoreListening(_) | Self::SampleProgress { .. } | Self::SnapshotWritten { .. }
+        )
+    }
+}
+
 /// Progress is told this often; each time costs a message.
 const PROGRESS_PERIOD: Duration = Duration::from_millis(500);
 
@@ -115,6 +145,8 @@ pub(super) struct Engine {
 pub(super) struct Place {
     pub(super) rank: u32,
     pub(super) world_size: u32,
+    /// This machine's address on the network that leads to the others.
+    pub(super) host: IpAddr,
 }
 
 impl Engine {
@@ -288,26 +320,25 @@ impl Bench {
         store: Option<String>,
         timeout: Duration,
     ) -> Result<Reply> {
-        const HOST: &str = "127.0.0.1";
-        let Place { rank, world_size } = self.place;
+        let Place { rank, world_size, host: here } = self.place;
+        let host = here.to_string();
         // Those who are still in the old one must not wait for this rank.
         (self.group, self._store) = (None, None);
         let store = match store {
             Some(address) => {
-                let (host, port) = address
-                    .rsplit_once(':')
-                    .with_context(|| format!("store address {address:?} is not HOST:PORT"))?;
-                let port = port.parse().with_context(|| format!("port of {address:?}"))?;
-                Store::connect(host, port, timeout)?
+                let store: SocketAddr = address
+                    .parse()
+                    .with_context(|| format!("store address {address:?} is not IP:PORT"))?;
+                Store::connect(&store.ip().to_string(), store.port(), timeout)?
             }
             None if rank == 0 => {
-                let (store, port) = Store::listen(HOST)?;
-                self.tell(Reply::StoreListening(format!("{HOST}:{port}")));
+                let (store, port) = Store::listen(&host)?;
+                self.tell(Reply::StoreListening(SocketAddr::new(here, port).to_string()));
                 store
             }
             None => bail!("rank {rank} got no store address"),
         };
-        let group = ProcessGroup::gloo(&store, number, rank, world_size, timeout, HOST)?;
+        let group = ProcessGroup::gloo(&store, number, rank, world_size, timeout, &host)?;
         self.group = Some(group);
         self._store = Some(store);
         Ok(Reply::Done)

@@ -1,5 +1,7 @@
 //! One stream, kept: commands down, replies and heartbeats up.
 
+use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use drift_proto::PROTOCOL_VERSION;
@@ -13,6 +15,7 @@ use tracing::{info, warn};
 use super::connect::{self, ConnectError};
 use super::engine::{Engine, Place, Reply};
 use super::join::JoinOptions;
+use super::watch::Watch;
 use super::wire;
 
 /// How a worker finds its coordinator and what it brings.
@@ -33,6 +36,8 @@ pub struct AgentOptions {
     pub threads: u32,
     /// Name of this machine.
     pub host: String,
+    /// What monitoring sees.
+    pub watch: Arc<Watch>,
 }
 
 /// Why a worker ends other than by being told to.
@@ -73,14 +78,17 @@ pub async fn run(options: AgentOptions) -> Result<(), AgentError> {
 
 /// Attaches once, and serves until the stream ends.
 async fn attend(options: &AgentOptions) -> Result<(), AgentError> {
-    let (up, mut inbound) = connect::attach(&options.join, &hello(options), options.wait).await?;
+    let (up, mut inbound, here) =
+        connect::attach(&options.join, &hello(options), options.wait).await?;
     let welcome = match inbound.next().await {
         Some(Ok(pb::CoordinatorMessage { body: Some(Down::Welcome(welcome)) })) => welcome,
         Some(Err(status)) => return Err(AgentError::Refused(status.message().to_owned())),
         _ => return Err(AgentError::Refused("it sent no welcome".to_owned())),
     };
-    let mut session = Session::begin(options.device, &welcome, up)?;
+    let watch = Arc::clone(&options.watch);
+    let mut session = Session::begin(options.device, &welcome, up, here, watch)?;
     let ended = session.serve(&mut inbound).await;
+    options.watch.detached();
     if !session.retire().await {
         kill_self();
     }
@@ -115,6 +123,9 @@ struct Session {
     up: UnboundedSender<pb::WorkerMessage>,
     generation: u64,
     heartbeat: tokio::time::Interval,
+    /// This machine's address on the way to the coordinator: there others meet it.
+    here: IpAddr,
+    watch: Arc<Watch>,
 }
 
 impl Session {
@@ -122,8 +133,10 @@ impl Session {
         device: Device,
         welcome: &pb::Welcome,
         up: UnboundedSender<pb::WorkerMessage>,
+        here: IpAddr,
+        watch: Arc<Watch>,
     ) -> Result<Self, AgentError> {
-        let place = Place { rank: welcome.rank, world_size: welcome.world_size };
+        let place = Place { rank: welcome.rank, world_size: welcome.world_size, host: here };
         let generation = welcome.generation;
         info!(rank = place.rank, world_size = place.world_size, generation, "attached");
         let (replies, replied) = mpsc::unbounded_channel();
@@ -132,7 +145,8 @@ impl Session {
             .unwrap_or(Duration::from_secs(1));
         let mut heartbeat = tokio::time::interval(period);
         heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        Ok(Self { device, engine, replied, up, generation, heartbeat })
+        watch.attached(generation, period);
+        Ok(Self { device, engine, replied, up, generation, heartbeat, here, watch })
     }
 
     fn send(&self, body: Up) {
@@ -148,7 +162,7 @@ impl Session {
         loop {
             tokio::select! {
                 message = inbound.next() => match message {
-                    Some(Ok(pb::CoordinatorMessage { body: Some(body) })) => match body {
+                    Some(Ok(pb::CoordinatorMessage { body: Some(body) })) => match self.heard(body) {
                         Down::Shutdown(_) => return Ok(()),
                         Down::Abort(_) => {
                             info!("told to stop");
@@ -157,7 +171,10 @@ impl Session {
                         Down::Heartbeat(_) => {}
                         Down::Welcome(welcome) => self.begin_anew(&welcome).await?,
                         body => match wire::command(body) {
-                            Ok(command) => self.engine.send(command),
+                            Ok(command) => {
+                                self.watch.command(&command);
+                                self.engine.send(command);
+                            }
                             Err(what) => {
                                 let what = format!("decode a command: {what}");
                                 self.send(wire::message(Reply::Failed(what)));
@@ -172,6 +189,7 @@ impl Session {
                     if let Reply::Failed(message) = &reply {
                         warn!(%message, "a command failed");
                     }
+                    self.watch.reply(&reply);
                     self.send(wire::message(reply));
                 }
                 _ = self.heartbeat.tick() => self.beat(),
@@ -179,12 +197,19 @@ impl Session {
         }
     }
 
+    /// Whatever it says, the coordinator lives.
+    fn heard(&self, body: Down) -> Down {
+        self.watch.heard();
+        body
+    }
+
     /// Drops what belongs to the generation so far, and begins the next.
     async fn begin_anew(&mut self, welcome: &pb::Welcome) -> Result<(), AgentError> {
         if !self.retire().await {
             kill_self();
         }
-        *self = Self::begin(self.device, welcome, self.up.clone())?;
+        let watch = Arc::clone(&self.watch);
+        *self = Self::begin(self.device, welcome, self.up.clone(), self.here, watch)?;
         self.send(Up::Ready(pb::Ready {}));
         Ok(())
     }
@@ -204,11 +229,13 @@ impl Session {
     }
 
     fn beat(&self) {
+        self.watch.turned();
         self.send(Up::Heartbeat(pb::Heartbeat { resident_bytes: resident_bytes() }));
     }
 }
 
-fn device_name(device: Device) -> String {
+/// As `--device` spells it.
+pub fn device_name(device: Device) -> String {
     match device {
         Device::Cpu => "cpu".to_owned(),
         Device::Cuda(index) => format!("cuda:{index}"),

@@ -14,6 +14,7 @@ mod resume;
 mod salvage;
 mod summary;
 mod view;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -30,6 +31,7 @@ pub use self::prepare::{Prepared, prepare};
 pub use self::salvage::salvage;
 pub use self::summary::summarise;
 use self::view::View;
+pub use self::watch::Watch;
 use super::command::{Command, ModelSource, PairRef, Rank, Report, SnapshotId};
 use super::machine::{Effect, Event, Machine, Outcome, PairSets, Position, Resume, RunShape};
 use super::plan::{CostModel, Shard, plan_shards};
@@ -62,6 +64,8 @@ pub struct Session {
     pub workers: u32,
     /// The screen.
     pub progress: Progress,
+    /// What monitoring sees.
+    pub watch: Arc<Watch>,
 }
 
 /// Heartbeats and deadlines are looked at this often.
@@ -129,6 +133,7 @@ pub async fn drive(session: Session, mut stop: mpsc::Receiver<()>) -> Result<(Se
     });
     let mut driver = Driver::new(start, Launcher::new(plan, exits), finished)?;
     driver.record_start(threads)?;
+    driver.session.watch.begin(workers, &settings.launch);
     info!(%address, workers, threads, "start workers");
     for rank in (0..workers).map(Rank) {
         driver.launcher.start(rank)?;
@@ -154,6 +159,7 @@ pub async fn drive(session: Session, mut stop: mpsc::Receiver<()>) -> Result<(Se
                 driver.feed(Event::Tick);
             }
         }
+        driver.session.watch.turned(driver.machine.commands());
     }
     driver.view.close();
     // Links must close before the workers are waited for.
