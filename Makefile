@@ -121,8 +121,21 @@ images: build ## make the container images from what is built here
 		docker image inspect --format "drift-$$image:$(IMAGE_TAG): {{.Size}} bytes" drift-$$image:$(IMAGE_TAG)
 	done
 
-test-compose: images ## run the demo in containers, disturb it, and compare bytes
-	@target/release/compose $(ARGS)
+# What checks the manifests, in an environment of its own.
+DEPLOY_REQUIREMENTS := tests/python/requirements-deploy.txt
+DEPLOY_PYTHON := .cache/tools/deploy-$(shell cat $(DEPLOY_REQUIREMENTS) | sha256sum | cut -c1-16)/bin/python
+
+$(DEPLOY_PYTHON): | $(STAMP)
+	@folder=$$(dirname $(@D))
+	rm -rf .cache/tools/deploy-*
+	$(PYTHON) -m venv "$$folder"
+	"$$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r $(DEPLOY_REQUIREMENTS) || {
+		rm -rf "$$folder"
+		exit 1
+	}
+
+test-compose: images | $(DEPLOY_PYTHON) ## run the demo in containers, disturb it, and compare bytes
+	@target/release/compose --tag $(IMAGE_TAG) --python $(DEPLOY_PYTHON) $(ARGS)
 
 # Whole-system tests compute on every core: one at a time, whichever runner.
 test: build ## run all tests

@@ -1,6 +1,7 @@
 //! What the images are, before anything runs in them.
 
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
@@ -30,7 +31,7 @@ pub(crate) fn check(tag: &str) -> Result<()> {
             docker(&[&limits, entry, &[image.as_str()], arguments].concat())
         };
         let version = told(run(&[], &["--version"]))?;
-        ensure!(version == format!("{name} {}", env!("CARGO_PKG_VERSION")), "{version}");
+        ensure!(version.ends_with(env!("CARGO_PKG_VERSION")), "{image}: {version}");
         for shell in ["/bin/sh", "/bin/bash", "/bin/busybox"] {
             let there = run(&["--entrypoint", shell], &["-c", "exit 0"]).output()?;
             ensure!(!there.status.success(), "{image} holds {shell}");
@@ -41,10 +42,21 @@ pub(crate) fn check(tag: &str) -> Result<()> {
     Ok(())
 }
 
+/// Kubernetes' own schemas accept the manifests, and they say what compose's file says.
+pub(crate) fn check_manifests(python: &Path) -> Result<()> {
+    let mut command = Command::new(python);
+    command.current_dir(root()).arg("tests/python/kubernetes_reference.py");
+    command.args(["deploy/kubernetes/drift.yaml", "deploy/compose.yaml"]);
+    for line in told(command).context("compare the manifests")?.lines() {
+        println!("  {line}");
+    }
+    Ok(())
+}
+
 /// Compose has nothing to say against its file, in either profile.
 pub(crate) fn check_files() -> Result<()> {
     let file = "deploy/compose.yaml";
-    ensure!(Path::new(&root().join(file)).exists(), "{file} is missing");
+    ensure!(root().join(file).exists(), "{file} is missing");
     for (profile, image) in [("cpu", "drift-worker:latest"), ("gpu", "drift-worker-cuda:latest")] {
         let mut command = compose();
         command.args(["-f", file, "--profile", profile, "config"]);

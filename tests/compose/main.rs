@@ -7,6 +7,7 @@ mod images;
 mod project;
 mod watching;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -25,6 +26,9 @@ struct Arguments {
     /// Which images, by their tag.
     #[arg(long, default_value = "latest")]
     tag: String,
+    /// A Python with what tests/python/requirements-deploy.txt names, for the manifests.
+    #[arg(long)]
+    python: PathBuf,
     /// Only the parts whose names hold this.
     #[arg(long, default_value = "")]
     only: String,
@@ -88,7 +92,8 @@ fn carry_out(arguments: &Arguments) -> Result<()> {
         Ok(())
     };
     part("images", &|| images::check(&arguments.tag))?;
-    part("compose file", &|| images::check_files())?;
+    part("compose file", &images::check_files)?;
+    part("manifests", &|| images::check_manifests(&arguments.python))?;
     if !wanted("runs") && !DISTURBED.iter().any(|(name, _)| wanted(name)) && !wanted("watched") {
         return Ok(());
     }
