@@ -9,10 +9,7 @@ use std::time::Duration;
 use clap::Parser;
 use drift_proto::watch::{self, WatchAddress};
 use drift_proto::{JOIN_DIR_ENV, JOIN_TOKEN_ENV, LAUNCHER_ENV};
-use drift_worker::agent::{
-    AgentError, AgentOptions, JoinOptions, Watch, choose_device, device_name, run,
-};
-use tokio::signal::unix::{SignalKind, signal};
+use drift_worker::agent::{AgentOptions, JoinOptions, Watch, choose_device, device_name, run};
 use tracing::{error, info};
 use tracing_subscriber::EnvFilter;
 
@@ -81,11 +78,7 @@ fn main() -> ExitCode {
         }
         Err(error) => {
             error!("{error:#}");
-            match error.downcast_ref() {
-                // What a shell reports for a program that SIGTERM ended.
-                Some(AgentError::Told) => ExitCode::from(143),
-                _ => ExitCode::FAILURE,
-            }
+            ExitCode::FAILURE
         }
     }
 }
@@ -116,18 +109,8 @@ fn serve(arguments: Arguments) -> anyhow::Result<()> {
     // One thread for the stream; libtorch has its own, so that heartbeats never
     // wait for a step.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let (tell, told) = tokio::sync::watch::channel(false);
-        if options.rejoins {
-            let mut terminate = signal(SignalKind::terminate())?;
-            tokio::spawn(async move {
-                terminate.recv().await;
-                info!("SIGTERM: wait for the coordinator's last word");
-                let _ = tell.send(true);
-            });
-        }
-        Ok(run(options, told).await?)
-    })
+    runtime.block_on(run(options))?;
+    Ok(())
 }
 
 /// Where a coordinator started this worker, has the kernel end it when that

@@ -8,7 +8,6 @@ use drift_proto::PROTOCOL_VERSION;
 use drift_proto::v1::{self as pb, coordinator_message::Body as Down, worker_message::Body as Up};
 use tch::Device;
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
-use tokio::sync::watch;
 use tokio_stream::StreamExt;
 use tonic::Streaming;
 use tracing::{info, warn};
@@ -53,9 +52,6 @@ pub enum AgentError {
     /// The stream ended; the coordinator is gone, or gave this worker up.
     #[error("lost the coordinator: {0}")]
     Lost(String),
-    /// SIGTERM, and no coordinator that would dismiss this worker.
-    #[error("told to end by SIGTERM")]
-    Told,
     /// The engine's thread cannot be started.
     #[error("start the engine's thread: {0}")]
     Engine(std::io::Error),
@@ -64,20 +60,14 @@ pub enum AgentError {
 /// The engine has this long to reach its next check after a stop.
 const STOP_GRACE: Duration = Duration::from_secs(5);
 
-/// A coordinator has this long to dismiss a worker that was told to end: it was most
-/// likely told so as well, and may want a snapshot ended first.
-const LEAVE_GRACE: Duration = Duration::from_secs(60);
-
 /// Serves one run: attaches, carries out commands, and returns when told to leave. A
 /// worker that rejoins attaches anew where its coordinator is lost.
 ///
 /// # Errors
-/// The coordinator cannot be reached, refuses, or is lost; or `told` became true, and
-/// nobody dismissed this worker.
-pub async fn run(options: AgentOptions, mut told: watch::Receiver<bool>) -> Result<(), AgentError> {
+/// The coordinator cannot be reached, refuses, or is lost.
+pub async fn run(options: AgentOptions) -> Result<(), AgentError> {
     loop {
-        match attend(&options, &mut told).await {
-            Err(AgentError::Lost(_)) if *told.borrow() => return Err(AgentError::Told),
+        match attend(&options).await {
             Err(AgentError::Lost(why)) if options.rejoins => {
                 warn!(why, wait = ?options.wait, "lost the coordinator; look for it again");
             }
@@ -87,15 +77,9 @@ pub async fn run(options: AgentOptions, mut told: watch::Receiver<bool>) -> Resu
 }
 
 /// Attaches once, and serves until the stream ends.
-async fn attend(
-    options: &AgentOptions,
-    told: &mut watch::Receiver<bool>,
-) -> Result<(), AgentError> {
-    let hello = hello(options);
-    let (up, mut inbound, here) = tokio::select! {
-        opened = connect::attach(&options.join, &hello, options.wait) => opened?,
-        () = is_told(told) => return Err(AgentError::Told),
-    };
+async fn attend(options: &AgentOptions) -> Result<(), AgentError> {
+    let (up, mut inbound, here) =
+        connect::attach(&options.join, &hello(options), options.wait).await?;
     let welcome = match inbound.next().await {
         Some(Ok(pb::CoordinatorMessage { body: Some(Down::Welcome(welcome)) })) => welcome,
         Some(Err(status)) => return Err(AgentError::Refused(status.message().to_owned())),
@@ -103,24 +87,12 @@ async fn attend(
     };
     let watch = Arc::clone(&options.watch);
     let mut session = Session::begin(options.device, &welcome, up, here, watch)?;
-    let ended = tokio::select! {
-        ended = session.serve(&mut inbound) => ended,
-        () = async { is_told(told).await; tokio::time::sleep(LEAVE_GRACE).await } => {
-            Err(AgentError::Told)
-        }
-    };
+    let ended = session.serve(&mut inbound).await;
     options.watch.detached();
     if !session.retire().await {
         kill_self();
     }
     ended
-}
-
-/// Resolves once this worker is told to end; never, where nobody can tell it any more.
-async fn is_told(told: &mut watch::Receiver<bool>) {
-    if told.wait_for(|told| *told).await.is_err() {
-        std::future::pending().await
-    }
 }
 
 /// The engine is inside libtorch, perhaps in a collective whose peer is gone: nothing
@@ -190,7 +162,7 @@ impl Session {
         loop {
             tokio::select! {
                 message = inbound.next() => match message {
-                    Some(Ok(pb::CoordinatorMessage { body: Some(body) })) => match self.heard(body) {
+                    Some(Ok(pb::CoordinatorMessage { body: Some(body) })) => match self.hear(body) {
                         Down::Shutdown(_) => return Ok(()),
                         Down::Abort(_) => {
                             info!("told to stop");
@@ -226,7 +198,7 @@ impl Session {
     }
 
     /// Whatever it says, the coordinator lives.
-    fn heard(&self, body: Down) -> Down {
+    fn hear(&mut self, body: Down) -> Down {
         self.watch.heard();
         body
     }
