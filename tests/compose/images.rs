@@ -28,7 +28,7 @@ pub(crate) fn check(tag: &str) -> Result<()> {
         let run = |entry: &[&str], arguments: &[&str]| {
             let limits =
                 ["run", "--rm", "--read-only", "--network=none", "--cap-drop=ALL", "--tmpfs=/tmp"];
-            docker(&[&limits, entry, &[image.as_str()], arguments].concat())
+            docker(&[&limits[..], entry, &[image.as_str()], arguments].concat())
         };
         let version = told(run(&[], &["--version"]))?;
         ensure!(version.ends_with(env!("CARGO_PKG_VERSION")), "{image}: {version}");
