@@ -26,11 +26,14 @@ STAMP := .venv/.installed-$(shell cat $(REQUIREMENTS) | sha256sum | cut -c1-16)
 DENY_VERSION := 0.20.2
 DENY := .cache/tools/cargo-deny-$(DENY_VERSION)/bin/cargo-deny
 
-.PHONY: help setup system build cuda demo bench chaos fuzz test test-cuda test-hosts test-slurm check deny clean
+.PHONY: help setup system libtorch build cuda demo bench chaos fuzz images test test-cuda test-hosts test-slurm test-compose check deny clean
 
 help: ## list these targets
 	@echo "usage: make TARGET"
-	sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+	sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
+
+# Libtorch alone: REQUIREMENTS=tests/python/requirements-build.txt leaves the peers out.
+libtorch: system $(STAMP)
 
 setup: system $(STAMP) ## install libtorch, the pinned peers and the demo model here
 	@.venv/bin/python configs/demo/export_model.py $(MODEL)
@@ -110,6 +113,40 @@ TARGETS ?=
 
 fuzz: build ## feed each reader damaged input, for SECONDS_EACH=600 s a target
 	@target/release/fuzz --seconds $(SECONDS_EACH) $(TARGETS) $(ARGS)
+
+# Container images to make; worker-cuda where the build has CUDA.
+IMAGES ?= coordinator worker
+IMAGE_TAG ?= latest
+REVISION = $(shell git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
+
+images: build ## make the container images from what is built here
+	@deploy/docker/base-image
+	for image in $(IMAGES); do
+		deploy/docker/lay-out target/images/roots $$image
+	done
+	for image in $(IMAGES); do
+		docker build --quiet --file deploy/docker/Dockerfile --target $$image --tag drift-$$image:$(IMAGE_TAG) \
+			--build-arg BUILDER=debian:bookworm-slim --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) \
+			target/images >/dev/null
+		docker image inspect --format "drift-$$image:$(IMAGE_TAG): {{.Size}} bytes" drift-$$image:$(IMAGE_TAG)
+	done
+
+# What checks the manifests, in an environment of its own.
+DEPLOY_REQUIREMENTS := tests/python/requirements-deploy.txt
+DEPLOY_PYTHON := .cache/tools/deploy-$(shell cat $(DEPLOY_REQUIREMENTS) | sha256sum | cut -c1-16)/bin/python
+
+$(DEPLOY_PYTHON): | $(STAMP)
+	@folder=$$(dirname $(@D))
+	rm -rf .cache/tools/deploy-*
+	$(PYTHON) -m venv "$$folder"
+	"$$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r $(DEPLOY_REQUIREMENTS) || {
+		rm -rf "$$folder"
+		exit 1
+	}
+
+test-compose: images | $(DEPLOY_PYTHON) ## run the demo in containers, disturb it, and compare bytes
+	@target/release/compose --tag $(IMAGE_TAG) --python $(DEPLOY_PYTHON) $(ARGS)
 
 # Whole-system tests compute on every core: one at a time, whichever runner.
 test: build ## run all tests

@@ -3,8 +3,10 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use drift_proto::watch::WatchAddress;
 
 use crate::config::ByteSize;
+use crate::store::names;
 
 /// Turns conversations in which users were dissatisfied into a better chat model.
 ///
@@ -76,7 +78,7 @@ pub enum Subcommands {
 }
 
 /// What says which settings a run has.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct SettingsArguments {
     /// Worker processes to start, one per GPU. With --resume: as many as there are
     /// now; the batch of a step stays as it was.
@@ -102,7 +104,7 @@ pub struct SettingsArguments {
 }
 
 /// Arguments of a run.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct RunArguments {
     /// Its settings.
     #[command(flatten)]
@@ -114,12 +116,31 @@ pub struct RunArguments {
     /// settings it began with; --workers may differ.
     #[arg(long, requires = "run_dir", conflicts_with_all = ["config", "model", "corpus", "seeds", "set"])]
     pub resume: bool,
+    /// Go on with the run in --run-dir where there is one, and begin it where there is
+    /// none: one command for whatever starts a program again. Where it goes on, the
+    /// settings are those it began with.
+    #[arg(long, requires = "run_dir", conflicts_with = "resume")]
+    pub begin_or_resume: bool,
+    /// Show /healthz, /readyz and Prometheus' /metrics at this port of loopback, or at
+    /// IP:PORT. They tell numbers, no text, and to whoever asks.
+    #[arg(long, value_name = "[IP:]PORT")]
+    pub metrics: Option<WatchAddress>,
     /// One line per training step.
     #[arg(long)]
     pub log_steps: bool,
     /// Print the settings that result, as TOML, and do nothing else.
     #[arg(long)]
     pub print_config: bool,
+}
+
+impl RunArguments {
+    /// Says now whether a run is gone on with, for who left it to what is there.
+    pub fn settled(&self) -> Self {
+        let begun = |dir: &PathBuf| dir.join(names::JOURNAL).exists();
+        let resume =
+            self.resume || self.begin_or_resume && self.run_dir.as_ref().is_some_and(begun);
+        Self { resume, ..self.clone() }
+    }
 }
 
 impl SettingsArguments {
@@ -292,5 +313,22 @@ mod tests {
             "but it may go on with other workers"
         );
         assert!(Cli::try_parse_from(["coordinator", "--resume"]).is_err());
+    }
+
+    #[test]
+    fn what_is_begun_is_gone_on_with_and_what_is_not_is_begun() {
+        let dir = tempfile::tempdir().unwrap();
+        let typed = |flag: &str| {
+            let run_dir = dir.path().to_str().unwrap();
+            let cli =
+                Cli::parse_from(["coordinator", "--workers", "2", "--run-dir", run_dir, flag]);
+            cli.run.settled().resume
+        };
+        assert!(!typed("--begin-or-resume"), "nothing was committed there");
+        assert!(typed("--resume"), "and to ask for it is not to have it");
+        std::fs::write(dir.path().join(names::JOURNAL), "").unwrap();
+        assert!(typed("--begin-or-resume"));
+        assert!(!typed("--log-steps"), "nobody goes on with a run unasked");
+        assert!(Cli::try_parse_from(["coordinator", "--begin-or-resume"]).is_err());
     }
 }

@@ -1,5 +1,8 @@
 //! The contract between coordinator and workers: generated wire types, the
-//! protocol's version, and the names both sides must agree on.
+//! protocol's version, the names both sides must agree on, and the endpoints at
+//! which both are watched.
+
+pub mod watch;
 
 /// Messages, client and server of package `drift.v1`.
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic)]

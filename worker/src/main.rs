@@ -3,12 +3,14 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Parser;
+use drift_proto::watch::{self, WatchAddress};
 use drift_proto::{JOIN_DIR_ENV, JOIN_TOKEN_ENV, LAUNCHER_ENV, SLURM_LAUNCHER};
-use drift_worker::agent::{AgentOptions, JoinOptions, choose_device, run};
+use drift_worker::agent::{AgentOptions, JoinOptions, Watch, choose_device, device_name, run};
 use tracing::{error, info, warn};
 use tracing_subscriber::EnvFilter;
 
@@ -50,6 +52,15 @@ struct Arguments {
     #[arg(long, value_name = "NAME|IP")]
     interface: Option<String>,
 
+    /// Show /healthz, /readyz and Prometheus' /metrics at this port of loopback, or at
+    /// IP:PORT. They tell numbers, and to whoever asks.
+    #[arg(long, value_name = "[IP:]PORT")]
+    metrics: Option<WatchAddress>,
+
+    /// Log lines as text or json.
+    #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = ["text", "json"])]
+    log_format: String,
+
     /// Threads to compute with on CPU.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: u32,
@@ -60,11 +71,14 @@ fn main() -> ExitCode {
     #[cfg(feature = "cuda")]
     drift_worker::collective::nccl_defaults();
     let filter = EnvFilter::try_from_env("DRIFT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
+    let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .init();
+        .with_ansi(false);
+    match arguments.log_format.as_str() {
+        "json" => log.json().init(),
+        _ => log.init(),
+    }
     let launcher = std::env::var(LAUNCHER_ENV).ok();
     let served = match &launcher {
         // Nobody would start it again.
@@ -136,9 +150,15 @@ fn serve(arguments: Arguments, launcher: &str) -> anyhow::Result<()> {
         end_with(launcher.trim_start_matches(SUPERVISOR))?;
     }
     tch::set_num_threads(arguments.threads as i32);
+    let device = choose_device(&arguments.device, arguments.slot)?;
+    let watch = Arc::new(Watch::new(arguments.slot, &device_name(device))?);
+    if let Some(address) = arguments.metrics {
+        let address = watch::serve(address, Arc::clone(&watch) as _)?;
+        info!(%address, "show /healthz, /readyz and /metrics");
+    }
     let options = AgentOptions {
         rejoins: launcher.starts_with(SUPERVISOR),
-        device: choose_device(&arguments.device, arguments.slot)?,
+        device,
         join: JoinOptions {
             coordinator: arguments.coordinator,
             folder: arguments.join,
@@ -149,6 +169,7 @@ fn serve(arguments: Arguments, launcher: &str) -> anyhow::Result<()> {
         threads: arguments.threads,
         interface: arguments.interface,
         host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+        watch,
     };
     // One thread for the stream; libtorch has its own, so that heartbeats never
     // wait for a step.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use anyhow::{Context, Result, bail};
+use drift_proto::watch::serve;
 use sha2::{Digest, Sha256};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -15,7 +16,7 @@ use super::reading::ReadingBar;
 use crate::cli::{RunArguments, SettingsArguments};
 use crate::config::{Base, ConfigError, Layers, Settings};
 use crate::hub::DatasetFile;
-use crate::run::driver::{Prepared, Session, Stop, drive, prepare, salvage, summarise};
+use crate::run::driver::{Prepared, Session, Stop, Watch, drive, prepare, salvage, summarise};
 use crate::run::machine::Outcome;
 use crate::store::journal::torn_at;
 use crate::store::manifest::hex;
@@ -41,6 +42,7 @@ pub enum Exit {
 /// # Errors
 /// What keeps a run from beginning. What ends it later is told, and in [`Exit`].
 pub fn run(arguments: &RunArguments) -> Result<Exit> {
+    let arguments = &arguments.settled();
     let mut settings = if arguments.resume {
         let dir = arguments.run_dir.as_deref().context("--resume needs --run-dir")?;
         frozen(dir, arguments)?
@@ -69,6 +71,12 @@ pub fn run(arguments: &RunArguments) -> Result<Exit> {
     }
     let progress = Progress::stderr();
     let log = logging::init(&progress, settings.run.log_format, &log_filter())?;
+    // First of all, so that a large corpus is not read unseen.
+    let watch = Arc::new(Watch::new()?);
+    if let Some(address) = arguments.metrics {
+        let address = serve(address, Arc::clone(&watch) as _)?;
+        info!(%address, "show /healthz, /readyz and /metrics");
+    }
     let Opened { inputs, run, journal, run_id } = if arguments.resume {
         reopen(&settings, workers, &progress, &log)?
     } else {
@@ -84,6 +92,7 @@ pub fn run(arguments: &RunArguments) -> Result<Exit> {
         journal,
         run_id,
         progress,
+        watch,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

@@ -58,6 +58,25 @@ pub(super) enum Command {
     SaveModel(PathBuf),
 }
 
+impl Command {
+    /// As metrics name it.
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::OpenGroup { .. } => "open_group",
+            Self::LoadModel { .. } => "load_model",
+            Self::Sample { .. } => "sample",
+            Self::Score { .. } => "score",
+            Self::Embed { .. } => "embed",
+            Self::BeginTraining(_) => "begin_training",
+            Self::TrainStep(_) => "train_step",
+            Self::SaveState(_) | Self::SaveStateBeside { .. } => "save_state",
+            Self::LoadState(_) => "load_state",
+            Self::SaveModel(_) => "save_model",
+        }
+    }
+}
+
 /// What it tells.
 #[derive(Debug)]
 pub(super) enum Reply {
@@ -99,6 +118,16 @@ pub(super) enum Reply {
     },
     ModelSaved(Vec<SavedFile>),
     Failed(String),
+}
+
+impl Reply {
+    /// Whether it answers a command, rather than telling of one under way.
+    pub(super) fn is_final(&self) -> bool {
+        !matches!(
+            self,
+            Self::StoreListening(_) | Self::SampleProgress { .. } | Self::SnapshotWritten { .. }
+        )
+    }
 }
 
 /// Progress is told this often; each time costs a message.

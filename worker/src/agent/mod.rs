@@ -8,6 +8,7 @@ mod interface;
 mod join;
 mod place;
 mod stream;
+mod watch;
 mod wire;
 
 pub use connect::ConnectError;
@@ -15,7 +16,8 @@ pub use device::{DeviceError, choose_device};
 pub use interface::InterfaceError;
 pub use join::{JoinError, JoinOptions};
 pub use place::Unseen;
-pub use stream::{AgentError, AgentOptions, run};
+pub use stream::{AgentError, AgentOptions, device_name, run};
+pub use watch::Watch;
 
 /// Decodes a coordinator's message as the agent does, and drops it: for `tests/fuzz`.
 ///

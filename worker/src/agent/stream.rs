@@ -1,6 +1,7 @@
 //! One stream, kept: commands down, replies and heartbeats up.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use drift_proto::PROTOCOL_VERSION;
@@ -16,6 +17,7 @@ use super::engine::{Engine, Place, Reply};
 use super::interface::{self, InterfaceError};
 use super::join::JoinOptions;
 use super::place::{self, Unseen};
+use super::watch::Watch;
 use super::wire;
 
 /// How a worker finds its coordinator and what it brings.
@@ -39,6 +41,8 @@ pub struct AgentOptions {
     /// Interface or address at which the other workers meet it; none: on the way to the
     /// coordinator.
     pub interface: Option<String>,
+    /// What monitoring sees.
+    pub watch: Arc<Watch>,
 }
 
 /// Why a worker ends other than by being told to.
@@ -102,6 +106,7 @@ async fn attend(options: &AgentOptions) -> Result<(), AgentError> {
     };
     let mut session = Session::begin(options, &welcome, up, here)?;
     let ended = session.serve(&mut inbound).await;
+    options.watch.detached();
     if !session.retire().await {
         kill_self();
     }
@@ -164,6 +169,7 @@ struct Session {
     /// seen some other way.
     silence: Option<Duration>,
     heard: Instant,
+    watch: Arc<Watch>,
 }
 
 impl Session {
@@ -175,7 +181,7 @@ impl Session {
     ) -> Result<Self, AgentError> {
         let silence = Duration::try_from_secs_f64(welcome.silence_seconds).ok();
         let silence = silence.filter(|silence| options.rejoins && !silence.is_zero());
-        Self::anew(options.device, welcome, up, here, silence)
+        Self::anew(options.device, welcome, up, here, silence, Arc::clone(&options.watch))
     }
 
     fn anew(
@@ -184,6 +190,7 @@ impl Session {
         up: UnboundedSender<pb::WorkerMessage>,
         here: IpAddr,
         silence: Option<Duration>,
+        watch: Arc<Watch>,
     ) -> Result<Self, AgentError> {
         let place = Place { rank: welcome.rank, world_size: welcome.world_size, host: here };
         let generation = welcome.generation;
@@ -194,8 +201,9 @@ impl Session {
             .unwrap_or(Duration::from_secs(1));
         let mut heartbeat = tokio::time::interval(period);
         heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        watch.attached(generation, period);
         let heard = Instant::now();
-        Ok(Self { device, engine, replied, up, generation, heartbeat, here, silence, heard })
+        Ok(Self { device, engine, replied, up, generation, heartbeat, here, silence, heard, watch })
     }
 
     fn send(&self, body: Up) {
@@ -220,7 +228,10 @@ impl Session {
                         Down::Heartbeat(_) => {}
                         Down::Welcome(welcome) => self.begin_anew(&welcome).await?,
                         body => match wire::command(body) {
-                            Ok(command) => self.engine.send(command),
+                            Ok(command) => {
+                                self.watch.command(&command);
+                                self.engine.send(command);
+                            }
                             Err(what) => {
                                 let what = format!("decode a command: {what}");
                                 self.send(wire::message(Reply::Failed(what)));
@@ -235,6 +246,7 @@ impl Session {
                     if let Reply::Failed(message) = &reply {
                         warn!(%message, "a command failed");
                     }
+                    self.watch.reply(&reply);
                     self.send(wire::message(reply));
                 }
                 _ = self.heartbeat.tick() => {
@@ -250,6 +262,7 @@ impl Session {
     /// Whatever it says, the coordinator lives.
     fn hear(&mut self, body: Down) -> Down {
         self.heard = Instant::now();
+        self.watch.heard();
         body
     }
 
@@ -258,7 +271,9 @@ impl Session {
         if !self.retire().await {
             kill_self();
         }
-        *self = Self::anew(self.device, welcome, self.up.clone(), self.here, self.silence)?;
+        let watch = Arc::clone(&self.watch);
+        let (here, silence) = (self.here, self.silence);
+        *self = Self::anew(self.device, welcome, self.up.clone(), here, silence, watch)?;
         self.send(Up::Ready(pb::Ready {}));
         Ok(())
     }
@@ -278,11 +293,13 @@ impl Session {
     }
 
     fn beat(&self) {
+        self.watch.turned();
         self.send(Up::Heartbeat(pb::Heartbeat { resident_bytes: resident_bytes() }));
     }
 }
 
-fn device_name(device: Device) -> String {
+/// As `--device` spells it.
+pub fn device_name(device: Device) -> String {
     match device {
         Device::Cpu => "cpu".to_owned(),
         Device::Cuda(index) => format!("cuda:{index}"),

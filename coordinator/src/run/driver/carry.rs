@@ -22,6 +22,7 @@ use crate::store::{Commit, CommittedPhase, Journal, RunDir, StepRecord};
 impl Driver {
     /// Carries out one effect; gives back what the machine is to hear of it at once.
     pub(super) fn carry_out(&mut self, effect: Effect) -> Result<Option<Event>> {
+        self.session.watch.effect(&effect);
         if effect == Effect::Rewind {
             return self.rewind().map(Some);
         }

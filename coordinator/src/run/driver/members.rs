@@ -29,6 +29,7 @@ impl Driver {
                 let is_in = answered.is_ok();
                 let is_listening = answer.send(answered).is_ok();
                 if is_in && is_listening {
+                    self.session.watch.heard(rank);
                     info!(%rank, about, generation = self.generation, "worker attached");
                     self.look_at_places();
                     self.feed(Event::Attached(rank));
@@ -38,6 +39,8 @@ impl Driver {
             }
             WorkerEvent::Report(from, report) if self.is_current(from) => {
                 self.view.report(&report);
+                self.session.watch.heard(from.rank);
+                self.session.watch.report(&report);
                 self.feed(Event::Told(from.rank, report));
             }
             WorkerEvent::Ready(from) if self.is_current(from) => {
@@ -47,6 +50,7 @@ impl Driver {
                 info!(rank = %from.rank, generation = from.generation, "drop a stale message");
             }
             WorkerEvent::Heartbeat(rank, id) if self.is_link(rank, id) => {
+                self.session.watch.heard(rank);
                 self.feed(Event::Heard(rank));
             }
             WorkerEvent::Lost(rank, id, why) if self.is_link(rank, id) => {

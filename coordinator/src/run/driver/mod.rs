@@ -15,6 +15,7 @@ mod resume;
 mod salvage;
 mod summary;
 mod view;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -34,6 +35,7 @@ pub(crate) use self::prepare::{text_model, tokenise};
 pub use self::salvage::salvage;
 pub use self::summary::summarise;
 use self::view::View;
+pub use self::watch::Watch;
 use super::command::{Command, ModelSource, PairRef, Rank, Report, SnapshotId};
 use super::machine::{Effect, Event, Machine, Outcome, PairSets, Position, Resume, RunShape};
 use super::plan::{CostModel, Shard, plan_shards};
@@ -67,6 +69,8 @@ pub struct Session {
     pub workers: u32,
     /// The screen.
     pub progress: Progress,
+    /// What monitoring sees.
+    pub watch: Arc<Watch>,
 }
 
 /// How a run is asked to stop.
@@ -150,6 +154,7 @@ pub async fn drive(session: Session, mut stop: mpsc::Receiver<Stop>) -> Result<(
     });
     let mut driver = Driver::new(start, Launcher::new(plan, exits), finished)?;
     driver.record_start(threads)?;
+    driver.session.watch.begin(workers, &settings.launch);
     info!(%address, workers, threads, "start workers");
     for rank in (0..workers).map(Rank) {
         driver.launcher.start(rank)?;
@@ -181,6 +186,7 @@ pub async fn drive(session: Session, mut stop: mpsc::Receiver<Stop>) -> Result<(
                 driver.feed(Event::Tick);
             }
         }
+        driver.session.watch.turned(driver.machine.commands());
     }
     driver.view.close();
     // Links must close before the workers are waited for.

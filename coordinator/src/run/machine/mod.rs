@@ -154,6 +154,11 @@ impl Machine {
         self.shape.extent
     }
 
+    /// How many commands wait for a worker, and how many workers have in hand.
+    pub fn commands(&self) -> (usize, usize) {
+        self.stage().map_or((0, 0), Stage::counts)
+    }
+
     /// Takes one event; returns what is to be done, in order.
     pub fn step(&mut self, now: Now, event: Event) -> Vec<Effect> {
         let mut effects = Vec::new();

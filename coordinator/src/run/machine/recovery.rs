@@ -180,6 +180,21 @@ impl Machine {
         self.advance(effects);
     }
 
+    pub(super) fn stage(&self) -> Option<&Stage> {
+        match &self.state {
+            State::Grouping { stage, .. } | State::Loading(stage) => Some(stage),
+            State::Working { phase, .. } => match phase {
+                Phase::Sampling(stage)
+                | Phase::Scoring(stage)
+                | Phase::Training { stage, .. }
+                | Phase::Saving { stage, .. }
+                | Phase::Evaluating { stage, .. } => Some(stage),
+                Phase::Pairing | Phase::Publishing => None,
+            },
+            State::Attaching { .. } | State::Over => None,
+        }
+    }
+
     pub(super) fn stage_mut(&mut self) -> Option<&mut Stage> {
         match &mut self.state {
             State::Grouping { stage, .. } | State::Loading(stage) => Some(stage),

@@ -205,6 +205,13 @@ impl Stage {
         self.bound[rank.index()].iter().any(is_it)
     }
 
+    /// How many commands wait to be handed out, and how many answers are awaited.
+    pub(super) fn counts(&self) -> (usize, usize) {
+        let all = |queues: &[VecDeque<Command>]| queues.iter().map(VecDeque::len).sum::<usize>();
+        let asked = self.asked.iter().map(VecDeque::len).sum();
+        (self.shared.len() + all(&self.bound), asked)
+    }
+
     /// Whether everything was handed out and answered.
     pub(super) fn is_done(&self) -> bool {
         self.shared.is_empty()

@@ -185,6 +185,18 @@ fn a_run_commits_every_arrow_in_order_and_finishes() {
 }
 
 #[test]
+fn what_waits_and_what_is_in_hand_is_told() {
+    let mut machine = Machine::new(Duration::ZERO, shape(2), Resume::default());
+    assert_eq!(machine.commands(), (0, 0), "nobody is here");
+    simulate(&mut machine, attach(2), &|e| matches!(e, Effect::Began(_, PhaseName::Sampling, ..)));
+    assert_eq!(machine.commands(), (5, 2), "seven shards, and two workers with one each");
+    machine.step(Duration::ZERO, Event::Lost(Rank(0), "killed".into()));
+    assert_eq!(machine.commands(), (6, 1), "what it held waits again");
+    machine.step(Duration::ZERO, Event::StopRequested);
+    assert_eq!(machine.commands(), (0, 0));
+}
+
+#[test]
 fn the_first_steps_passes_are_those_that_scoring_computed() {
     let mut machine = Machine::new(Duration::ZERO, shape(2), Resume::default());
     let effects = simulate(&mut machine, attach(2), &|e| {
