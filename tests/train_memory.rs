@@ -100,7 +100,9 @@ fn a_plan_is_what_training_takes() {
             &shape,
             &Work {
                 ranks: 1,
-                place: Place::Cpu { bf16: product_kind(Kind::BFloat16, Device::Cpu) == Kind::BFloat16 },
+                place: Place::Cpu {
+                    bf16: product_kind(Kind::BFloat16, Device::Cpu) == Kind::BFloat16,
+                },
                 weight: 2,
                 moments: 1,
                 sharding: Sharding::None,

@@ -14,9 +14,7 @@ thread_local! {
 
 /// Runs `body`, and gives its error, or its panic's words, as text. What `body` borrows is
 /// not to be used again after an error.
-pub(crate) fn contained<R, E: Display>(
-    body: impl FnOnce() -> Result<R, E>,
-) -> Result<R, String> {
+pub(crate) fn contained<R, E: Display>(body: impl FnOnce() -> Result<R, E>) -> Result<R, String> {
     static QUIET: Once = Once::new();
     QUIET.call_once(|| {
         let others = take_hook();

@@ -171,11 +171,7 @@ struct Config(TempDir);
 
 impl Target for Config {
     fn seeds(&self) -> Vec<Vec<u8>> {
-        let frozen = Layers {
-            base: Base::Recipe,
-            overrides: Vec::new(),
-            ignore_environment: true,
-        };
+        let frozen = Layers { base: Base::Recipe, overrides: Vec::new(), ignore_environment: true };
         let all = frozen.load().ok().and_then(|settings| settings.to_toml().ok());
         let demo = drift_coordinator::config::DEMO_CONFIG.to_owned();
         all.into_iter().chain([demo]).map(String::into_bytes).collect()
@@ -483,7 +479,12 @@ impl Target for Wire {
                         epsilon: 1e-8,
                     })),
                 }),
-                engine: Some(pb::Engine { sharding: 1, recompute: 1, reduce: 1, ..Default::default() }),
+                engine: Some(pb::Engine {
+                    sharding: 1,
+                    recompute: 1,
+                    reduce: 1,
+                    ..Default::default()
+                }),
             })),
             down(Down::TrainStep(pb::TrainStep {
                 step: 1,

@@ -174,7 +174,8 @@ fn render(plan: &Plan, arguments: &SettingsArguments) -> String {
     line(String::new());
     match &plan.best {
         None => line(
-            "No setting fits: take more GPUs, GPUs with more memory, or a smaller model.".to_owned(),
+            "No setting fits: take more GPUs, GPUs with more memory, or a smaller model."
+                .to_owned(),
         ),
         Some(Best { fit, footprint }) => {
             let sharding = match fit.sharding {
@@ -190,10 +191,7 @@ fn render(plan: &Plan, arguments: &SettingsArguments) -> String {
             if let Some(budget) = fit.activation_budget {
                 set.insert(2, format!("training.activation_budget={}MiB", budget >> 20));
             }
-            line(format!(
-                "Fastest settings that fit, {} GiB at most:",
-                gib(footprint.peak())
-            ));
+            line(format!("Fastest settings that fit, {} GiB at most:", gib(footprint.peak())));
             let flags = set.iter().map(|set| format!("--set {set}")).collect::<Vec<_>>();
             line(format!("    {}", flags.join(" \\\n    ")));
             line(String::new());
@@ -236,7 +234,8 @@ fn phases(footprint: &Footprint, gib: impl Fn(u64) -> String) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
     let mut row = |name: &str, cells: Vec<String>| {
-        let cells = cells.into_iter().map(|cell| Cell::new(cell).set_alignment(CellAlignment::Right));
+        let cells =
+            cells.into_iter().map(|cell| Cell::new(cell).set_alignment(CellAlignment::Right));
         table.add_row(std::iter::once(Cell::new(name)).chain(cells));
     };
     row("", footprint.phases.iter().map(|phase| phase.name.to_owned()).collect());

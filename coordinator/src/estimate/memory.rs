@@ -256,7 +256,9 @@ impl Fit {
                         let inputs = activations(shape, &Work { keep: Keep::Inputs, ..tried });
                         let left = usable.saturating_sub(without) + inputs;
                         tried.keep = Keep::Budget(left);
-                        if activations(shape, &tried) < activations(shape, &Work { keep: Keep::All, ..tried }) / 2 {
+                        if activations(shape, &tried)
+                            < activations(shape, &Work { keep: Keep::All, ..tried }) / 2
+                        {
                             continue;
                         }
                     }

@@ -182,7 +182,9 @@ pub(super) mod tests {
 
     #[test]
     fn what_is_no_model_is_refused() {
-        for text in ["{}", "[", r#"{"hidden_size": 0, "intermediate_size": 1, "num_hidden_layers": 1}"#] {
+        for text in
+            ["{}", "[", r#"{"hidden_size": 0, "intermediate_size": 1, "num_hidden_layers": 1}"#]
+        {
             assert!(Shape::parse(text).is_err(), "{text}");
         }
     }

@@ -117,7 +117,8 @@ mod tests {
                 row_tokens: 2_560,
             };
             let (prompt, reply) = (800, 400);
-            let amounts = Amounts { pairs, prompt, sampling_prompt: 1_400, reply, batch: 4 * ranks };
+            let amounts =
+                Amounts { pairs, prompt, sampling_prompt: 1_400, reply, batch: 4 * ranks };
             Times::of(&shape, &work, &amounts, &Rates::default())
         };
         let once = times(8, 4_096);

@@ -17,9 +17,7 @@ pub enum DeviceError {
     #[error("--device {0:?}: expected auto, cpu or cuda:N")]
     Unknown(String),
     /// A GPU was asked of a build that knows none.
-    #[error(
-        "--device cuda:{0}: this worker was built for CPUs; {BUILD}, or take --device cpu"
-    )]
+    #[error("--device cuda:{0}: this worker was built for CPUs; {BUILD}, or take --device cpu")]
     NotBuilt(usize),
     /// A GPU was asked of a machine without it.
     #[error(

@@ -346,7 +346,8 @@ impl Bench {
             }
             None => bail!("rank {rank} got no store address"),
         };
-        let group = ProcessGroup::form(&store, number, rank, world_size, timeout, &host, self.device)?;
+        let group =
+            ProcessGroup::form(&store, number, rank, world_size, timeout, &host, self.device)?;
         self.group = Some(group);
         self._store = Some(store);
         Ok(Reply::Done)

@@ -245,8 +245,7 @@ fn without_a_gpu_nccl_says_so() {
         return;
     }
     let (store, _) = Store::listen(HOST).unwrap();
-    let error =
-        ProcessGroup::form(&store, 1, 0, 1, PATIENCE, HOST, Device::Cuda(0)).unwrap_err();
+    let error = ProcessGroup::form(&store, 1, 0, 1, PATIENCE, HOST, Device::Cuda(0)).unwrap_err();
     assert!(error.to_string().contains("no GPUs found"), "{error}");
 }
 
@@ -254,8 +253,7 @@ fn without_a_gpu_nccl_says_so() {
 #[test]
 fn a_build_without_nccl_names_the_one_to_take() {
     let (store, _) = Store::listen(HOST).unwrap();
-    let error =
-        ProcessGroup::form(&store, 1, 0, 1, PATIENCE, HOST, Device::Cuda(0)).unwrap_err();
+    let error = ProcessGroup::form(&store, 1, 0, 1, PATIENCE, HOST, Device::Cuda(0)).unwrap_err();
     assert!(error.to_string().contains("--features cuda"), "{error}");
 }
 
