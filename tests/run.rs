@@ -23,7 +23,7 @@ fn public_dialogues_train_through_two_iterations() {
         command.args(["--corpus", corpus.to_str().unwrap(), "--seeds", seeds.to_str().unwrap()]);
         for setting in [
             "data.limit=64",
-            "data.seed_limit=64",
+            "data.seed_limit=32",
             "text.max_length=192",
             "text.max_prompt_tokens=128",
             "sampling.max_prompt_tokens=192",

@@ -234,6 +234,7 @@ impl Target for PairsFile {
                 rejected: vec![6],
             },
             chosen_from: Side::Sample {
+                iteration: Iteration(1),
                 prompt: PromptId(id),
                 index: 0,
                 finish: FinishReason::Stop,

@@ -1,6 +1,5 @@
 //! `coordinator plan`: memory and time of a run, before a GPU is booked.
 
-use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::Path;
 
@@ -158,8 +157,10 @@ fn render(plan: &Plan, arguments: &SettingsArguments) -> String {
     let gib = |bytes: u64| format!("{:.1}", bytes as f64 / (1u64 << 30) as f64);
     let billions = plan.parameters as f64 / 1e9;
     let memory = ByteSize(plan.memory);
-    // Writing to a string cannot fail.
-    let mut line = |words: String| drop(writeln!(text, "{words}"));
+    let mut line = |words: String| {
+        text.push_str(&words);
+        text.push('\n');
+    };
     line(format!(
         "{}, {billions:.2} billion weights, on {} GPUs of {memory}",
         plan.model, plan.workers
