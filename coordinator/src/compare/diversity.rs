@@ -115,7 +115,7 @@ mod tests {
     #[test]
     fn bleu_is_that_of_the_formula() {
         let pair = replies(&["the cat sat on the mat", "the cat sat by the mat"]);
-        let expected = (5.0 / 6.0 * 3.0 / 5.0 * 1.0 / 4.0 * (0.1 / 3.0) as f64).powf(0.25);
+        let expected = (5.0_f64 / 6.0 * 3.0 / 5.0 * 1.0 / 4.0 * 0.1 / 3.0).powf(0.25);
         assert!((self_bleu(&pair).unwrap() - expected).abs() < 1e-12);
         let short = replies(&["a b c d", "a b c d e"]);
         let first = (1.0_f64 - 5.0 / 4.0).exp();
