@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
 
 use crate::Place;
@@ -85,7 +86,33 @@ impl Bed {
     /// `compose up` exits 0 by itself when the run is finished.
     pub(crate) fn undisturbed(&self) -> Result<()> {
         let project = self.project("plain");
-        told(project.compose(&["up"]))?;
+        let shown = self.folder.path().join("shown");
+        let mut up = project.compose(&["up"]);
+        let mut up = up.stdout(File::create(&shown)?).stderr(Stdio::null()).spawn()?;
+        let deadline = Instant::now() + PATIENCE;
+        let status = loop {
+            if let Some(status) = up.try_wait()? {
+                break status;
+            }
+            // Workers wait for a coordinator for longer than a test wants to.
+            let given_up = project.inspect("coordinator", "{{.State.Status}} {{.State.ExitCode}}");
+            let given_up = given_up.is_ok_and(|s| s.starts_with("exited ") && s != "exited 0");
+            if given_up || Instant::now() > deadline {
+                up.kill()?;
+                up.wait()?;
+                bail!("the run did not finish:\n{}", project.logs());
+            }
+            std::thread::sleep(Duration::from_millis(500));
+        };
+        ensure!(status.success(), "`up` ended with {status}:\n{}", project.logs());
+        // What it showed is the containers' own lines: JSON, until the tables at the end.
+        let lines = std::fs::read_to_string(&shown)?;
+        let is_json = |line: &&str| {
+            let text = line.split_once('|').map_or("", |(_, text)| text.trim());
+            serde_json::from_str::<serde_json::Value>(text).is_ok_and(|l| l.is_object())
+        };
+        let json = lines.lines().filter(is_json).count();
+        ensure!(json > 50, "{json} lines of the log are JSON:\n{lines}");
         for service in ["coordinator", "worker-0", "worker-1"] {
             let code = project.inspect(service, "{{.State.ExitCode}} {{.RestartCount}}")?;
             ensure!(code == "0 0", "{service}: status and restarts {code}\n{}", project.logs());

@@ -47,6 +47,9 @@ fn main() -> ExitCode {
     }
 }
 
+const UNDISTURBED: &str = "undisturbed";
+const WATCHED: &str = "watched while peers are paused";
+
 /// Which faults a run meets, in which phases, one after the other.
 const DISTURBED: [(&str, &[(Place, Fault)]); 4] = [
     (
@@ -94,13 +97,14 @@ fn carry_out(arguments: &Arguments) -> Result<()> {
     part("images", &|| images::check(&arguments.tag))?;
     part("compose file", &images::check_files)?;
     part("manifests", &|| images::check_manifests(&arguments.python))?;
-    if !wanted("runs") && !DISTURBED.iter().any(|(name, _)| wanted(name)) && !wanted("watched") {
+    let mut runs = DISTURBED.iter().map(|(name, _)| *name).chain([UNDISTURBED, WATCHED]);
+    if !runs.any(wanted) {
         return Ok(());
     }
     let bed = Bed::make(&arguments.tag, arguments.verbose)?;
     println!("two workers on this machine: {} files, {:.0} s", bed.files(), bed.seconds);
-    part("runs undisturbed", &|| bed.undisturbed())?;
-    part("watched while peers are paused", &|| bed.watched())?;
+    part(UNDISTURBED, &|| bed.undisturbed())?;
+    part(WATCHED, &|| bed.watched())?;
     for (name, faults) in DISTURBED {
         part(name, &|| bed.disturbed(faults))?;
     }

@@ -78,7 +78,7 @@ def same_program(kind, pod, service):
     # Corpora may lie on any volume; compose has a folder for them.
     mounts = {m["mountPath"]: m.get("readOnly", False) for m in container["volumeMounts"]}
     theirs = (defaults(volume).split(":") for volume in service["volumes"])
-    theirs = {v[1]: v[2:] == ["ro"] for v in theirs if v[1] != "/data"} | {t: False for t in service["tmpfs"]}
+    theirs = {v[1]: v[2:] == ["ro"] for v in theirs if v[1] != "/data"} | {t.split(":")[0]: False for t in service["tmpfs"]}
     same(f"{kind}'s mounts", without(mounts, ("/dev/shm",)), theirs)
     user = pod["securityContext"]
     same(f"{kind}'s user", f"{user['runAsUser']}:{user['runAsGroup']}", service["user"])
