@@ -1,7 +1,7 @@
 //! One stream, kept: commands down, replies and heartbeats up.
 
 use std::net::IpAddr;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use drift_proto::PROTOCOL_VERSION;
 use drift_proto::v1::{self as pb, coordinator_message::Body as Down, worker_message::Body as Up};
@@ -100,7 +100,7 @@ async fn attend(options: &AgentOptions) -> Result<(), AgentError> {
         Ok(here) => here,
         Err(error) => return give_up(error, &welcome, &up, &mut inbound).await,
     };
-    let mut session = Session::begin(options, &welcome, up, here)?;
+    let mut session = Session::begin(options.device, &welcome, up, here)?;
     let ended = session.serve(&mut inbound).await;
     if !session.retire().await {
         kill_self();
@@ -160,30 +160,14 @@ struct Session {
     heartbeat: tokio::time::Interval,
     /// This machine's address at which the others meet it.
     here: IpAddr,
-    /// Its coordinator is gone when nothing is heard of it for so long; none: its end is
-    /// seen some other way.
-    silence: Option<Duration>,
-    heard: Instant,
 }
 
 impl Session {
     fn begin(
-        options: &AgentOptions,
-        welcome: &pb::Welcome,
-        up: UnboundedSender<pb::WorkerMessage>,
-        here: IpAddr,
-    ) -> Result<Self, AgentError> {
-        let silence = Duration::try_from_secs_f64(welcome.silence_seconds).ok();
-        let silence = silence.filter(|silence| options.rejoins && !silence.is_zero());
-        Self::anew(options.device, welcome, up, here, silence)
-    }
-
-    fn anew(
         device: Device,
         welcome: &pb::Welcome,
         up: UnboundedSender<pb::WorkerMessage>,
         here: IpAddr,
-        silence: Option<Duration>,
     ) -> Result<Self, AgentError> {
         let place = Place { rank: welcome.rank, world_size: welcome.world_size, host: here };
         let generation = welcome.generation;
@@ -194,8 +178,7 @@ impl Session {
             .unwrap_or(Duration::from_secs(1));
         let mut heartbeat = tokio::time::interval(period);
         heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let heard = Instant::now();
-        Ok(Self { device, engine, replied, up, generation, heartbeat, here, silence, heard })
+        Ok(Self { device, engine, replied, up, generation, heartbeat, here })
     }
 
     fn send(&self, body: Up) {
@@ -211,7 +194,7 @@ impl Session {
         loop {
             tokio::select! {
                 message = inbound.next() => match message {
-                    Some(Ok(pb::CoordinatorMessage { body: Some(body) })) => match self.hear(body) {
+                    Some(Ok(pb::CoordinatorMessage { body: Some(body) })) => match body {
                         Down::Shutdown(_) => return Ok(()),
                         Down::Abort(_) => {
                             info!("told to stop");
@@ -237,20 +220,9 @@ impl Session {
                     }
                     self.send(wire::message(reply));
                 }
-                _ = self.heartbeat.tick() => {
-                    self.beat();
-                    if let Some(silence) = self.silence.filter(|s| self.heard.elapsed() > *s) {
-                        return Err(AgentError::Lost(format!("nothing was heard for {silence:?}")));
-                    }
-                }
+                _ = self.heartbeat.tick() => self.beat(),
             }
         }
-    }
-
-    /// Whatever it says, the coordinator lives.
-    fn hear(&mut self, body: Down) -> Down {
-        self.heard = Instant::now();
-        body
     }
 
     /// Drops what belongs to the generation so far, and begins the next.
@@ -258,7 +230,7 @@ impl Session {
         if !self.retire().await {
             kill_self();
         }
-        *self = Self::anew(self.device, welcome, self.up.clone(), self.here, self.silence)?;
+        *self = Self::begin(self.device, welcome, self.up.clone(), self.here)?;
         self.send(Up::Ready(pb::Ready {}));
         Ok(())
     }
