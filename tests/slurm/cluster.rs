@@ -165,5 +165,10 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         pids = folder.display(),
     );
     std::fs::write(folder.join("slurm.conf"), settings).unwrap();
-    std::fs::write(folder.join("gres.conf"), "NodeName=node[1-2] Name=gpu Count=2\n").unwrap();
+    // A GPU's place takes a device; any file will do.
+    for name in ["gpu0", "gpu1"] {
+        std::fs::write(folder.join(name), "").unwrap();
+    }
+    let places = format!("NodeName=node[1-2] Name=gpu File={}[0-1]\n", at("gpu"));
+    std::fs::write(folder.join("gres.conf"), places).unwrap();
 }

@@ -275,7 +275,7 @@ async fn watch(mut child: Child, is_step: bool, killed: &mut mpsc::Receiver<()>)
 }
 
 /// Has `srun` kill its task, on whichever node that is, and waits until it did: killed
-/// itself, it would leave the task behind.
+/// itself, it would be gone before its task is.
 async fn end_step(srun: &mut Child) {
     use rustix::process::{Pid, Signal, kill_process};
     let Some(pid) = srun.id().and_then(|id| Pid::from_raw(id as i32)) else { return };

@@ -32,8 +32,6 @@ pub struct AttachPlan {
     pub world_size: u32,
     /// Seconds between heartbeats.
     pub heartbeat: f64,
-    /// Seconds without one after which the other side is gone.
-    pub silence: f64,
     /// Where the run lies: weights go through files in it.
     pub run_directory: String,
     /// SHA-256 of its `config.toml`, by which a worker knows it.
@@ -54,7 +52,6 @@ impl Link {
             rank: rank.0,
             world_size: plan.world_size,
             heartbeat_seconds: plan.heartbeat,
-            silence_seconds: plan.silence,
             run_directory: plan.run_directory,
             config_sha256: plan.config_sha256,
         };

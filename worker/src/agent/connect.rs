@@ -264,8 +264,10 @@ async fn over(stream: Hearing, uri: Uri) -> Result<Channel, tonic::transport::Er
         std::future::ready(stream.ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected)))
     });
     Endpoint::from(uri)
-        .http2_keep_alive_interval(Duration::from_secs(10))
-        .keep_alive_timeout(Duration::from_secs(20))
+        // The coordinator's connections answer, whatever it is at itself: who hears
+        // nothing for so long is cut off, and looks for it anew.
+        .http2_keep_alive_interval(Duration::from_secs(5))
+        .keep_alive_timeout(Duration::from_secs(10))
         .keep_alive_while_idle(true)
         .connect_with_connector(connector)
         .await

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use drift_proto::PROTOCOL_VERSION;
 use drift_proto::v1::{self as pb, coordinator_message::Body as Down, worker_message::Body as Up};
@@ -104,7 +104,8 @@ async fn attend(options: &AgentOptions) -> Result<(), AgentError> {
         Ok(here) => here,
         Err(error) => return give_up(error, &welcome, &up, &mut inbound).await,
     };
-    let mut session = Session::begin(options, &welcome, up, here)?;
+    let watch = Arc::clone(&options.watch);
+    let mut session = Session::begin(options.device, &welcome, up, here, watch)?;
     let ended = session.serve(&mut inbound).await;
     options.watch.detached();
     if !session.retire().await {
@@ -165,31 +166,15 @@ struct Session {
     heartbeat: tokio::time::Interval,
     /// This machine's address at which the others meet it.
     here: IpAddr,
-    /// Its coordinator is gone when nothing is heard of it for so long; none: its end is
-    /// seen some other way.
-    silence: Option<Duration>,
-    heard: Instant,
     watch: Arc<Watch>,
 }
 
 impl Session {
     fn begin(
-        options: &AgentOptions,
-        welcome: &pb::Welcome,
-        up: UnboundedSender<pb::WorkerMessage>,
-        here: IpAddr,
-    ) -> Result<Self, AgentError> {
-        let silence = Duration::try_from_secs_f64(welcome.silence_seconds).ok();
-        let silence = silence.filter(|silence| options.rejoins && !silence.is_zero());
-        Self::anew(options.device, welcome, up, here, silence, Arc::clone(&options.watch))
-    }
-
-    fn anew(
         device: Device,
         welcome: &pb::Welcome,
         up: UnboundedSender<pb::WorkerMessage>,
         here: IpAddr,
-        silence: Option<Duration>,
         watch: Arc<Watch>,
     ) -> Result<Self, AgentError> {
         let place = Place { rank: welcome.rank, world_size: welcome.world_size, host: here };
@@ -202,8 +187,7 @@ impl Session {
         let mut heartbeat = tokio::time::interval(period);
         heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         watch.attached(generation, period);
-        let heard = Instant::now();
-        Ok(Self { device, engine, replied, up, generation, heartbeat, here, silence, heard, watch })
+        Ok(Self { device, engine, replied, up, generation, heartbeat, here, watch })
     }
 
     fn send(&self, body: Up) {
@@ -219,7 +203,7 @@ impl Session {
         loop {
             tokio::select! {
                 message = inbound.next() => match message {
-                    Some(Ok(pb::CoordinatorMessage { body: Some(body) })) => match self.hear(body) {
+                    Some(Ok(pb::CoordinatorMessage { body: Some(body) })) => match body {
                         Down::Shutdown(_) => return Ok(()),
                         Down::Abort(_) => {
                             info!("told to stop");
@@ -249,19 +233,13 @@ impl Session {
                     self.watch.reply(&reply);
                     self.send(wire::message(reply));
                 }
-                _ = self.heartbeat.tick() => {
-                    self.beat();
-                    if let Some(silence) = self.silence.filter(|s| self.heard.elapsed() > *s) {
-                        return Err(AgentError::Lost(format!("nothing was heard for {silence:?}")));
-                    }
-                }
+                _ = self.heartbeat.tick() => self.beat(),
             }
         }
     }
 
     /// Whatever it says, the coordinator lives.
     fn hear(&mut self, body: Down) -> Down {
-        self.heard = Instant::now();
         self.watch.heard();
         body
     }
@@ -272,8 +250,7 @@ impl Session {
             kill_self();
         }
         let watch = Arc::clone(&self.watch);
-        let (here, silence) = (self.here, self.silence);
-        *self = Self::anew(self.device, welcome, self.up.clone(), here, silence, watch)?;
+        *self = Self::begin(self.device, welcome, self.up.clone(), self.here, watch)?;
         self.send(Up::Ready(pb::Ready {}));
         Ok(())
     }

@@ -91,13 +91,10 @@ impl Driver {
     }
 
     fn plan(&self, generation: u64) -> AttachPlan {
-        let launch = &self.session.settings.launch;
         AttachPlan {
             generation,
             world_size: self.session.workers,
-            heartbeat: launch.heartbeat,
-            // Not to be hasty: the coordinator may be at something, and is asked in vain then.
-            silence: 3.0 * launch.heartbeat_deadline,
+            heartbeat: self.session.settings.launch.heartbeat,
             run_directory: self.place.0.clone(),
             config_sha256: self.place.1.clone(),
         }

@@ -81,7 +81,8 @@ fn in_training_nothing_follows_the_steps_in_hand_but_a_snapshot_and_the_end() {
             effects.push(effect);
         }
     }
-    let kept = effects.iter().position(|e| matches!(e, Effect::KeepSnapshot(..))).unwrap();
+    let kept = effects.iter().position(|e| matches!(e, Effect::KeepSnapshot(..)));
+    let kept = kept.expect("a snapshot");
     let steps = |effects: &[Effect]| {
         effects.iter().filter(|e| matches!(e, Effect::RecordStep { .. })).count()
     };
