@@ -81,6 +81,8 @@ fn main() -> ExitCode {
     }
     let launcher = std::env::var(LAUNCHER_ENV).ok();
     let served = match &launcher {
+        // Whoever runs the container starts it again.
+        None if std::process::id() == 1 => serve(arguments, CONTAINER),
         // Nobody would start it again.
         None => return supervise(),
         Some(launcher) => serve(arguments, launcher),
@@ -139,6 +141,9 @@ fn supervise() -> ExitCode {
 /// What lives shorter was not ended by what happens in a run.
 const SHORT_LIFE: Duration = Duration::from_secs(1);
 
+/// Says that this is a container's first process.
+const CONTAINER: &str = "container";
+
 /// Says in front of its process's id that the launcher is a supervisor.
 const SUPERVISOR: &str = "supervisor:";
 
@@ -146,7 +151,7 @@ fn serve(arguments: Arguments, launcher: &str) -> anyhow::Result<()> {
     tell_of_nccl();
     if launcher == SLURM_LAUNCHER {
         arguments.join.as_deref().map_or(Ok(()), sees_run)?;
-    } else {
+    } else if launcher != CONTAINER {
         end_with(launcher.trim_start_matches(SUPERVISOR))?;
     }
     tch::set_num_threads(arguments.threads as i32);
@@ -157,7 +162,7 @@ fn serve(arguments: Arguments, launcher: &str) -> anyhow::Result<()> {
         info!(%address, "show /healthz, /readyz and /metrics");
     }
     let options = AgentOptions {
-        rejoins: launcher.starts_with(SUPERVISOR),
+        rejoins: launcher == CONTAINER || launcher.starts_with(SUPERVISOR),
         device,
         join: JoinOptions {
             coordinator: arguments.coordinator,

@@ -203,7 +203,7 @@ impl Session {
         loop {
             tokio::select! {
                 message = inbound.next() => match message {
-                    Some(Ok(pb::CoordinatorMessage { body: Some(body) })) => match body {
+                    Some(Ok(pb::CoordinatorMessage { body: Some(body) })) => match self.hear(body) {
                         Down::Shutdown(_) => return Ok(()),
                         Down::Abort(_) => {
                             info!("told to stop");
