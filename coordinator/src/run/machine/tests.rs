@@ -189,9 +189,9 @@ fn what_waits_and_what_is_in_hand_is_told() {
     let mut machine = Machine::new(Duration::ZERO, shape(2), Resume::default());
     assert_eq!(machine.commands(), (0, 0), "nobody is here");
     simulate(&mut machine, attach(2), &|e| matches!(e, Effect::Began(_, PhaseName::Sampling, ..)));
-    assert_eq!(machine.commands(), (5, 2), "seven shards, and two workers with one each");
+    assert_eq!(machine.commands(), (6, 2), "eight shards, and two workers with one each");
     machine.step(Duration::ZERO, Event::Lost(Rank(0), "killed".into()));
-    assert_eq!(machine.commands(), (6, 1), "what it held waits again");
+    assert_eq!(machine.commands(), (7, 1), "what it held waits again");
     machine.step(Duration::ZERO, Event::StopRequested);
     assert_eq!(machine.commands(), (0, 0));
 }
