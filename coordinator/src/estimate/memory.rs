@@ -196,17 +196,18 @@ fn backward(shape: &Shape, work: &Work) -> u64 {
     again + passing + matrix * work.weight + widened
 }
 
-/// Logits of a chunk and their gradient, and the states that predict responses.
+/// Logits of a chunk, whose place their gradient takes, and the states that predict
+/// responses.
 fn head(shape: &Shape, work: &Work) -> u64 {
     let logits = (work.responses * shape.vocabulary * work.weight).min(LOGITS);
-    2 * logits + work.responses * shape.hidden * (2 * work.weight + 4)
+    logits + work.responses * shape.hidden * (2 * work.weight + 4)
 }
 
 /// What is there before the first weight: contexts of CUDA, cuBLAS and NCCL, or libtorch.
 fn libraries(place: Place) -> u64 {
     match place {
         Place::Gpu => 3 << 29,
-        Place::Cpu { .. } => 320 << 20,
+        Place::Cpu { .. } => 240 << 20,
     }
 }
 
