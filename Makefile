@@ -26,7 +26,7 @@ STAMP := .venv/.installed-$(shell cat $(REQUIREMENTS) | sha256sum | cut -c1-16)
 DENY_VERSION := 0.20.2
 DENY := .cache/tools/cargo-deny-$(DENY_VERSION)/bin/cargo-deny
 
-.PHONY: help setup system libtorch build cuda demo bench chaos fuzz images test test-cuda test-hosts test-slurm test-compose check deny clean
+.PHONY: help setup system libtorch build cuda demo bench chaos fuzz images test test-cuda test-hosts test-slurm test-compose check lint deny clean
 
 help: ## list these targets
 	@echo "usage: make TARGET"
@@ -207,11 +207,15 @@ test-slurm: build ## submit, cancel, requeue under a real Slurm on such hosts (t
 		echo "test-slurm: not run: it takes root, network namespaces, and slurmctld, slurmd, slurm-client and munge"
 	fi
 
-check: setup $(DENY) ## format, lints, documentation, licences and advisories
+check: lint deny ## format, lints, documentation, licences and advisories
+
+lint: setup ## format, lints and documentation
 	@cargo fmt --all -- --check
 	cargo clippy --release --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS=-Dwarnings cargo doc --release --locked --workspace --no-deps
-	$(DENY) check --hide-inclusion-graph bans licenses sources
+
+deny: $(DENY) ## who may depend on what, licences and advisories
+	@$(DENY) check --hide-inclusion-graph bans licenses sources
 	# The advisories live in a git repository, which an isolated machine cannot reach.
 	if timeout 120 $(DENY) fetch db >/dev/null 2>&1; then
 		$(DENY) check --hide-inclusion-graph advisories

@@ -7,7 +7,7 @@ use tch::{Device, Kind};
 
 use crate::support::{coordinator, first_steps_are_ln_2, held_out_accuracy, python, succeeds};
 
-/// What `make demo` runs, with fewer complaints and one epoch less: from real complaints
+/// What `make demo` runs, with fewer complaints and epochs: from real complaints
 /// to a checkpoint that other programs load and that answers there as it does here.
 #[test]
 fn demo_trains_a_model_that_transformers_loads() {
@@ -15,7 +15,9 @@ fn demo_trains_a_model_that_transformers_loads() {
     let run = folder.path().join("run");
     let began = std::time::Instant::now();
     let mut command = coordinator(&["--workers", "2", "--run-dir", run.to_str().unwrap()]);
-    command.args(["--set", "data.limit=24", "--set", "training.warm_start_epochs=2"]);
+    for setting in ["data.limit=16", "training.warm_start_epochs=1", "sampling.max_new_tokens=48"] {
+        command.args(["--set", setting]);
+    }
     let ended = succeeds(command);
     let seconds = began.elapsed().as_secs();
     eprintln!("demo: {seconds} s\n{}", ended.stdout);

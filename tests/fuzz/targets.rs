@@ -134,7 +134,7 @@ fn ultrafeedback(rows: usize) -> Vec<u8> {
         Arc::new(StringArray::from_iter_values((0..rows).map(|row| format!("{what} {row}"))))
     };
     let turns = |what: &str| -> ArrayRef {
-        let word = |row: usize| if row % 2 == 0 { "user" } else { "assistant" };
+        let word = |row: usize| if row.is_multiple_of(2) { "user" } else { "assistant" };
         let roles = StringArray::from_iter_values((0..2 * rows).map(word));
         let contents =
             StringArray::from_iter_values((0..2 * rows).map(|row| format!("{what} {row}")));
