@@ -2,9 +2,9 @@
 //!
 //! | | drawn from | chosen | rejected |
 //! |---|---|---|---|
-//! | [`Drift`] | the whole conversation with the complaint and an instruction; unguided: x | the sample | the reply that disappointed |
-//! | [`Spin`] | x | the reply that satisfied | the sample |
-//! | [`IterDpo`] | the same as DRIFT, and x | the guided sample | the unguided one |
+//! | `Drift` | the whole conversation with the complaint and an instruction; unguided: x | the sample | the reply that disappointed |
+//! | `Spin` | x | the reply that satisfied | the sample |
+//! | `IterDpo` | the same as DRIFT, and x | the guided sample | the unguided one |
 //!
 //! x is the conversation before the corpus's reply, and what training conditions on. A
 //! corpus of pairs (UltraFeedback's shape) has no complaints: there replies are drawn from
