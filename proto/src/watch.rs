@@ -201,12 +201,17 @@ mod tests {
         }
     }
 
-    fn ask(address: WatchAddress, head: &str) -> String {
-        let mut stream = TcpStream::connect(address.0).unwrap();
-        write!(stream, "{head} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
+    fn try_ask(address: WatchAddress, head: &str) -> io::Result<String> {
+        let mut stream = TcpStream::connect(address.0)?;
+        let request = format!("{head} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes())?;
         let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        answer
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    }
+
+    fn ask(address: WatchAddress, head: &str) -> String {
+        try_ask(address, head).unwrap()
     }
 
     #[test]
@@ -225,8 +230,10 @@ mod tests {
         assert!(metrics.contains("version=0.0.4") && metrics.ends_with("drift_up 1\n"));
         assert!(ask(address, "GET /").starts_with("HTTP/1.1 404"));
         assert!(ask(address, "POST /metrics").starts_with("HTTP/1.1 405"));
+        // It hangs up on the rest of the head: whether the answer arrives before that is chance.
         let head = format!("GET /{}", "x".repeat(HEAD_BYTES));
-        assert!(ask(address, &head).starts_with("HTTP/1.1 4"), "a head has its bound");
+        let refused = try_ask(address, &head).map_or(true, |answer| answer.starts_with("HTTP/1.1 4"));
+        assert!(refused, "a head has its bound");
         let taken = serve(address, program).unwrap_err().to_string();
         assert!(taken.contains(&address.to_string()) && taken.contains("--metrics"), "{taken}");
     }
