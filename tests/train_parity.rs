@@ -11,7 +11,8 @@ mod trl;
 use std::path::Path;
 
 use drift_worker::train::{
-    Algorithm, EngineSettings, Objective, PreferenceLoss, Recompute, ReduceKind, Sharding,
+    Algorithm, EngineSettings, LARGEST_PIECE, Objective, PreferenceLoss, Recompute, ReduceKind,
+    Sharding,
 };
 
 use self::compare::{BOUNDS, Bounds, compare};
@@ -124,7 +125,8 @@ fn ways(batch: usize) -> Vec<Way> {
     for recompute in [Recompute::None, Recompute::All, some] {
         for sharding in [Sharding::None, Sharding::Zero2] {
             for pass_pairs in [4, 2, 1].into_iter().filter(|pairs| *pairs <= batch) {
-                let engine = EngineSettings { sharding, recompute, reduce: ReduceKind::Float };
+                let (reduce, largest_piece) = (ReduceKind::Float, LARGEST_PIECE);
+                let engine = EngineSettings { sharding, recompute, reduce, largest_piece };
                 ways.push(Way { engine, pass_pairs });
             }
         }

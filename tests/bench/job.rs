@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use drift_worker::train::{
-    Algorithm, EngineSettings, MicroBatch, Objective, OptimizerSettings, PreferenceLoss, TokenPair,
-    TrainStep, TrainingSettings,
+    Algorithm, EngineSettings, LARGEST_PIECE, MicroBatch, Objective, OptimizerSettings,
+    PreferenceLoss, TokenPair, TrainStep, TrainingSettings,
 };
 use serde::{Deserialize, Serialize};
 
@@ -91,6 +91,7 @@ impl Recipe {
                 recompute: engine.recompute.into(),
                 sharding: engine.sharding.into(),
                 reduce: engine.reduce.into(),
+                largest_piece: LARGEST_PIECE,
             },
         }
     }

@@ -13,6 +13,12 @@ pub(crate) enum Kind {
     Pause,
     /// SIGTERM; for a coordinator.
     Term,
+    /// Its host's cable is out, for longer than the deadline.
+    Cut,
+    /// Its host's cable is out, for less.
+    Blink,
+    /// Its host's cable carries little, for longer than the deadline.
+    Congest,
 }
 
 /// Whom it happens to.
@@ -33,16 +39,26 @@ pub(crate) struct Fault {
     pub(crate) kind: Kind,
 }
 
-/// Faults in the order of their places.
-#[derive(Debug, Clone)]
-pub(crate) struct Schedule(pub(crate) Vec<Fault>);
+/// What happens to one run.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Schedule {
+    /// In the order of their places.
+    pub(crate) faults: Vec<Fault>,
+    /// Whether its workers are on hosts of their own.
+    pub(crate) over_hosts: bool,
+}
 
-/// A paused process is silent for this long.
+/// A paused process is silent for this long, and so is a host whose cable blinks.
 pub(crate) const PAUSE: Duration = Duration::from_millis(700);
 
+/// A host that is cut off, or whose cable is congested, is so for this long: the
+/// deadline of these runs is two seconds.
+pub(crate) const ABSENCE: Duration = Duration::from_millis(3500);
+
 impl Schedule {
-    /// Two to four faults, at places of an undisturbed run's story.
-    pub(crate) fn draw(seed: u64, places: &[String], workers: u32) -> Self {
+    /// Two to four faults, at places of an undisturbed run's story; `over_hosts`, some of
+    /// them are of cables.
+    pub(crate) fn draw(seed: u64, places: &[String], workers: u32, over_hosts: bool) -> Self {
         let mut dice = Dice(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
         let mut at: Vec<usize> = (0..2 + dice.below(3)).map(|_| dice.below(places.len())).collect();
         at.sort_unstable();
@@ -52,17 +68,22 @@ impl Schedule {
                 0 => Victim::Coordinator,
                 _ => Victim::Worker(dice.below(workers as usize) as u32),
             };
+            let by_cable = over_hosts && dice.below(2) == 0;
             let kind = match (victim, dice.below(6)) {
+                (_, 0..3) if by_cable => Kind::Cut,
+                (_, 3) if by_cable => Kind::Blink,
+                (_, _) if by_cable => Kind::Congest,
                 (Victim::Coordinator, 0..2) => Kind::Term,
                 (Victim::Coordinator, _) => Kind::Kill,
                 (Victim::Worker(_), 0..4) => Kind::Kill,
-                (Victim::Worker(_), 4) => Kind::Stop,
+                // Only who started a process can kill one that is stopped.
+                (Victim::Worker(_), 4) if !over_hosts => Kind::Stop,
                 (Victim::Worker(_), _) => Kind::Pause,
             };
             let delay = Duration::from_millis(dice.below(120) as u64);
             Fault { place: places[at].clone(), delay, victim, kind }
         };
-        Self(at.into_iter().map(fault).collect())
+        Self { faults: at.into_iter().map(fault).collect(), over_hosts }
     }
 
     /// For each phase of a story, a run that is told to stop in the midst of it.
@@ -70,7 +91,8 @@ impl Schedule {
         let begins: Vec<&String> = places.iter().filter(|p| p.starts_with("begin ")).collect();
         let stop = |place: &&String| {
             let (place, delay) = ((*place).clone(), Duration::from_millis(15));
-            Self(vec![Fault { place, delay, victim: Victim::Coordinator, kind: Kind::Term }])
+            let fault = Fault { place, delay, victim: Victim::Coordinator, kind: Kind::Term };
+            Self { faults: vec![fault], over_hosts: false }
         };
         begins.iter().map(stop).collect()
     }
@@ -78,7 +100,10 @@ impl Schedule {
 
 impl std::fmt::Display for Schedule {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        for (n, Fault { place, delay, victim, kind }) in self.0.iter().enumerate() {
+        if self.over_hosts {
+            f.write_str("over hosts: ")?;
+        }
+        for (n, Fault { place, delay, victim, kind }) in self.faults.iter().enumerate() {
             let separator = if n == 0 { "" } else { "; " };
             write!(
                 f,

@@ -9,7 +9,7 @@ use std::time::Duration;
 pub(crate) struct Latencies {
     /// From SIGKILL of a worker to the line that tells of it.
     pub(crate) noticed: Vec<Duration>,
-    /// From SIGSTOP.
+    /// From SIGSTOP, or from the cable's pulling.
     pub(crate) silence: Vec<Duration>,
     /// From the line that tells of a loss between two steps to the next step.
     pub(crate) trained_again: Vec<Duration>,
@@ -38,7 +38,7 @@ impl fmt::Display for Latencies {
         writeln!(f, "faults by phase: {}", phases.join(", "))?;
         for (what, values) in [
             ("a killed worker was noticed after", &self.noticed),
-            ("a stopped worker was noticed after", &self.silence),
+            ("a stopped or cut-off worker was noticed after", &self.silence),
             ("a step followed a loss in training after", &self.trained_again),
             ("a coordinator obeyed SIGTERM after", &self.stopped),
         ] {

@@ -29,6 +29,11 @@ pub(crate) fn attached(line: &str) -> Option<(u32, u32)> {
     line.contains("worker attached ").then(|| Some((after("rank=")?, after("(pid ")?)))?
 }
 
+/// Whether a coordinator waits for workers that it does not start.
+pub(crate) fn calls_for_workers(line: &str) -> bool {
+    line.contains(" wait for workers")
+}
+
 /// Whether it tells that a worker is lost and replaced; its rank.
 pub(crate) fn lost(line: &str) -> Option<u32> {
     let rest = line.split("worker lost; it is replaced rank=").nth(1)?;

@@ -14,8 +14,8 @@ use drift_coordinator::store::pairs::{read_pairs, write_pairs};
 use drift_proto::v1::{self as pb, coordinator_message::Body as Down, worker_message::Body as Up};
 use drift_worker::model::Decoder;
 use drift_worker::train::{
-    Algorithm, EngineSettings, Objective, OptimizerSettings, PreferenceLoss, Recompute, ReduceKind,
-    Sharding, Trainer, TrainingSettings,
+    Algorithm, EngineSettings, LARGEST_PIECE, Objective, OptimizerSettings, PreferenceLoss,
+    Recompute, ReduceKind, Sharding, Trainer, TrainingSettings,
 };
 use prost::Message as _;
 use safetensors::tensor::{Dtype, TensorView};
@@ -360,6 +360,7 @@ fn trainer(folder: &Path) -> Result<Trainer> {
             sharding: Sharding::None,
             recompute: Recompute::None,
             reduce: ReduceKind::Float,
+            largest_piece: LARGEST_PIECE,
         },
     };
     trainer.begin(settings, None)?;

@@ -78,6 +78,25 @@ impl Network {
         there
     }
 
+    /// Makes a host's cable carry no more than `rate`, either way; or all it can.
+    #[allow(dead_code, reason = "not every program that includes this has slow cables")]
+    pub(crate) fn limit(&self, host: usize, rate: Option<&str>) {
+        let ends = [(self.switch(), format!("port{host}")), (self.space(host), "eth0".to_owned())];
+        for (space, end) in ends {
+            let mut tc = Command::new("tc");
+            tc.args(["-n", &space, "qdisc"]);
+            match rate {
+                Some(rate) => tc.args(["replace", "dev", &end, "root", "tbf", "rate", rate]),
+                None => tc.args(["delete", "dev", &end, "root"]),
+            };
+            if rate.is_some() {
+                tc.args(["burst", "16kb", "latency", "400ms"]);
+            }
+            let output = tc.output().unwrap();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        }
+    }
+
     /// Plugs a host's cable in, or out.
     pub(crate) fn plug(&self, host: usize, state: &str) {
         ip(&["-n", &self.switch(), "link", "set", &format!("port{host}"), state]);

@@ -5,11 +5,13 @@ use crate::config::Sharding;
 
 /// Logits in existence at once (`worker/src/train/head.rs`).
 const LOGITS: u64 = 64 << 20;
-/// Pieces of a bucket that are on their way at once (`gradients.rs`), and the one that
-/// backward fills meanwhile.
-const EXCHANGED: u64 = 4;
-/// The same of weights that are gathered (`weights.rs`).
+/// Buffers as long as a block (`gradients.rs`): one that backward fills, one whose sum is
+/// on its way, and one for what the others send of it.
+const EXCHANGED: u64 = 3;
+/// Pieces of weights that are gathered at once (`weights.rs`).
 const GATHERED: u64 = 3;
+/// Elements of a piece, at most (`LARGEST_PIECE` in `worker/src/train/types.rs`).
+const LARGEST_PIECE: u64 = 1 << 26;
 /// Tokens of prompts that one step of sampling reads (`sample/`).
 const PROMPT_CHUNK: u64 = 512;
 
@@ -146,10 +148,10 @@ fn training(shape: &Shape, work: &Work) -> Phase {
         ("optimiser state", 4 * moments * share),
     ];
     if sharded {
-        // Buffers are kept by length: those of head and embedding are no block's.
-        let tables = if shape.tied { 1 } else { 2 };
-        let whole = tables * 4 * shape.table() + 2 * EXCHANGED * 4 * shape.block();
-        let gathered = GATHERED * weight * (shape.block() + shape.block() / ranks);
+        // Head and embedding take turns with a buffer that is no block's.
+        let whole = 4 * shape.table() + EXCHANGED * 4 * shape.block();
+        let piece = shape.block().min(LARGEST_PIECE);
+        let gathered = GATHERED * weight * (piece + piece / ranks);
         items.push(("buckets on their way", whole + gathered));
     }
     items.push(("activations", activations(shape, work)));

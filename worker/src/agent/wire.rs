@@ -10,9 +10,9 @@ use super::engine::{Command, Reply};
 use crate::model::SavedFile;
 use crate::sample;
 use crate::train::{
-    Algorithm, EngineSettings, MicroBatch, Objective, OptimizerSettings, PairOutcome,
-    PreferenceLoss, Recompute, ReduceKind, ReferenceLogps, Sharding, TokenPair, TrainStep,
-    TrainingSettings,
+    Algorithm, EngineSettings, LARGEST_PIECE, MicroBatch, Objective, OptimizerSettings,
+    PairOutcome, PreferenceLoss, Recompute, ReduceKind, ReferenceLogps, Sharding, TokenPair,
+    TrainStep, TrainingSettings,
 };
 
 /// A command that an engine can carry out, of a message that carries one.
@@ -148,6 +148,7 @@ fn engine(m: &pb::Engine) -> Result<EngineSettings, String> {
             pb::DType::Bf16 => ReduceKind::BFloat16,
             pb::DType::Unspecified => return Err("engine settings without reduce".to_owned()),
         },
+        largest_piece: LARGEST_PIECE,
     })
 }
 

@@ -8,17 +8,12 @@ use std::time::Duration;
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::error::TrainError;
-use super::memory::{Pool, bytes};
+use super::memory::{Buffer, Pool, bytes};
 use super::parameters::{Bucket, Buckets, Place};
 use super::sharding::Partition;
 use super::trace::{Exchanges, Tracer};
 use super::types::{EngineSettings, ReduceKind, ReductionTimes};
 use crate::collective::{ProcessGroup, Work};
-
-/// Pieces under way at once where gradients are sharded. Each holds buffers of
-/// its size, so this bounds memory; more would not hide more, as they run one
-/// after another.
-const MAX_UNDER_WAY: usize = 3;
 
 /// Elements whose squares are summed in fp32 before fp64 takes over. libtorch adds
 /// them up in a few running sums, so a longer run costs the norm its digits: that
@@ -56,7 +51,7 @@ pub(super) struct Gradients {
 #[derive(Debug)]
 struct Accumulator {
     /// `[padded]`, fp32: what this rank has added. Under sharding, only while open.
-    whole: Option<Tensor>,
+    whole: Option<Buffer>,
     /// `[share]`, fp32: the sum over ranks. Without sharding it is `whole`.
     share: Option<Tensor>,
     /// Whether `whole` holds this step's numbers yet, per slot.
@@ -75,7 +70,9 @@ struct Reduction {
     /// Where the sum is, if not where it is needed: rounded.
     rounded: Option<Tensor>,
     /// Buffers that are free when it has ended.
-    pooled: Vec<Tensor>,
+    pooled: Vec<Buffer>,
+    /// Elements on their way.
+    elements: i64,
 }
 
 impl Gradients {
@@ -92,7 +89,7 @@ impl Gradients {
             let (whole, share) = if partition.is_sharded() {
                 (None, Some(empty(partition.share_length(bucket))?))
             } else {
-                (Some(empty(partition.padded(bucket))?), None)
+                (Some(Buffer::of(empty(partition.padded(bucket))?)), None)
             };
             let written = vec![false; bucket.slots.len()];
             Ok(Accumulator { whole, share, written, squares: None })
@@ -212,11 +209,12 @@ impl Gradients {
     fn whole(&mut self, bucket: &Bucket, at: usize) -> Result<Tensor, TchError> {
         let accumulator = &mut self.buckets[at];
         if let Some(whole) = &accumulator.whole {
-            return Ok(whole.shallow_clone());
+            return Ok(whole.values.shallow_clone());
         }
         let whole = self.pool.take(self.partition.padded(bucket), Kind::Float, self.device)?;
-        accumulator.whole = Some(whole.shallow_clone());
-        Ok(whole)
+        let values = whole.values.shallow_clone();
+        accumulator.whole = Some(whole);
+        Ok(values)
     }
 
     /// Zeros where nothing was added, padding included.
@@ -234,19 +232,16 @@ impl Gradients {
     /// Starts summing a bucket over ranks, in place.
     fn all_reduce(&mut self, bucket: usize, group: &ProcessGroup) -> Result<(), TrainError> {
         let whole = self.share(bucket)?.shallow_clone();
-        let reduction = match self.kind {
-            ReduceKind::Float => {
-                let work = group.all_reduce(&whole)?;
-                Reduction { bucket, last: true, work, rounded: None, pooled: Vec::new() }
-            }
+        let elements = whole.size1()?;
+        let (work, rounded, pooled) = match self.kind {
+            ReduceKind::Float => (group.all_reduce(&whole)?, None, Vec::new()),
             ReduceKind::BFloat16 => {
                 let rounded = self.rounded(&whole)?;
-                let work = group.all_reduce(&rounded)?;
-                let pooled = vec![rounded.shallow_clone()];
-                Reduction { bucket, last: true, work, rounded: Some(rounded), pooled }
+                let work = group.all_reduce(&rounded.values)?;
+                (work, Some(rounded.values.shallow_clone()), vec![rounded])
             }
         };
-        self.under_way.push_back(reduction);
+        self.under_way.push_back(Reduction { bucket, last: true, work, rounded, pooled, elements });
         Ok(())
     }
 
@@ -265,35 +260,43 @@ impl Gradients {
             |of: &Tensor, range: Range<i64>| of.f_narrow(0, range.start, range.end - range.start);
         for piece in self.partition.pieces(weights) {
             let last = piece.flat.end == self.partition.padded(weights);
-            let mut sent = narrow(&whole, piece.flat)?;
-            let mut pooled = Vec::new();
-            if last {
-                pooled.push(whole.shallow_clone());
-            }
-            if self.kind == ReduceKind::BFloat16 {
-                sent = self.rounded(&sent)?;
-                pooled.push(sent.shallow_clone());
-            }
-            let received = self.pool.take(sent.size1()?, sent.kind(), self.device)?;
-            let work = group.reduce_scatter(&sent, &received, &narrow(&share, piece.share)?)?;
-            pooled.push(received);
-            self.under_way.push_back(Reduction { bucket, last, work, rounded: None, pooled });
-            while self.under_way.len() > MAX_UNDER_WAY {
+            let elements = piece.flat.end - piece.flat.start;
+            while self.elements_under_way() + elements > self.partition.most_under_way() {
                 self.finish_oldest(stop)?;
             }
+            let mut sent = narrow(&whole.values, piece.flat)?;
+            let mut pooled = Vec::new();
+            if last {
+                pooled.push(whole.share());
+            }
+            if self.kind == ReduceKind::BFloat16 {
+                let rounded = self.rounded(&sent)?;
+                sent = rounded.values.shallow_clone();
+                pooled.push(rounded);
+            }
+            let received = self.pool.take(elements, sent.kind(), self.device)?;
+            let share = narrow(&share, piece.share)?;
+            let work = group.reduce_scatter(&sent, &received.values, &share)?;
+            pooled.push(received);
+            let reduction = Reduction { bucket, last, work, rounded: None, pooled, elements };
+            self.under_way.push_back(reduction);
         }
         Ok(())
     }
 
-    fn rounded(&mut self, values: &Tensor) -> Result<Tensor, TchError> {
+    fn elements_under_way(&self) -> i64 {
+        self.under_way.iter().map(|reduction| reduction.elements).sum()
+    }
+
+    fn rounded(&mut self, values: &Tensor) -> Result<Buffer, TchError> {
         let mut rounded = self.pool.take(values.size1()?, Kind::BFloat16, self.device)?;
-        rounded.f_copy_(values)?;
+        rounded.values.f_copy_(values)?;
         Ok(rounded)
     }
 
     fn finish_oldest(&mut self, stop: &dyn Fn() -> bool) -> Result<(), TrainError> {
         let Some(reduction) = self.under_way.pop_front() else { return Ok(()) };
-        let Reduction { bucket, last, work, rounded, pooled } = reduction;
+        let Reduction { bucket, last, work, rounded, pooled, .. } = reduction;
         self.exchanges.wait(|| format!("reduce bucket {bucket}"), work, stop)?;
         if let Some(rounded) = rounded {
             self.share(bucket)?.shallow_clone().f_copy_(&rounded)?;
@@ -312,7 +315,7 @@ impl Gradients {
 impl Accumulator {
     /// Where the sum over ranks is, once it is there.
     fn sum(&self) -> Option<&Tensor> {
-        self.share.as_ref().or(self.whole.as_ref())
+        self.share.as_ref().or(self.whole.as_ref().map(|whole| &whole.values))
     }
 }
 

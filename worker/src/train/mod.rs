@@ -52,7 +52,7 @@ pub use state::StateCopy;
 pub use trace::Trace;
 pub use trainer::Trainer;
 pub use types::{
-    Algorithm, EngineSettings, MicroBatch, Objective, OptimizerSettings, PairLogps, PairOutcome,
-    PreferenceLoss, Recompute, ReduceKind, ReductionTimes, ReferenceLogps, Sharding, StepReport,
-    TokenPair, TrainStep, TrainingSettings,
+    Algorithm, EngineSettings, LARGEST_PIECE, MicroBatch, Objective, OptimizerSettings, PairLogps,
+    PairOutcome, PreferenceLoss, Recompute, ReduceKind, ReductionTimes, ReferenceLogps, Sharding,
+    StepReport, TokenPair, TrainStep, TrainingSettings,
 };

@@ -5,22 +5,26 @@ use std::ops::Range;
 use tch::{TchError, Tensor};
 
 use super::parameters::{Bucket, Buckets, Slot};
-use super::types::Sharding;
+use super::types::{EngineSettings, Sharding};
 use crate::collective::ProcessGroup;
 
 /// How flat buckets are divided among ranks.
 ///
 /// Under [`Sharding::Zero2`] a bucket is padded to a multiple of the ranks and
-/// cut into equal shares. One that is larger than a block, such as an embedding,
-/// is first cut into pieces of a block's size, each divided among the ranks, so
-/// that what passes between them is never larger than that. Without sharding
-/// there is one piece and one share, which is everything.
+/// cut into equal shares. One that is larger than a block, such as an embedding, or
+/// than the settings' `largest_piece`, is first cut into pieces of that size, each
+/// divided among the ranks, so that what passes between them is never larger. Without
+/// sharding there is one piece and one share, which is everything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Partition {
     rank: i64,
     ranks: i64,
     /// Elements of a piece: a multiple of the ranks.
     piece: i64,
+    /// Elements of all pieces that pass between ranks at once: a block's. Buffers hold
+    /// them, so this bounds memory; more would not hide more, as they run one after
+    /// another, and backward needs a block's time to make a block's.
+    most_under_way: i64,
 }
 
 /// A part of a bucket's flat buffer that passes between ranks at once.
@@ -47,13 +51,24 @@ pub(super) struct Segment<'a> {
 
 impl Partition {
     /// The division of `buckets` over `group`'s ranks.
-    pub(super) fn new(sharding: Sharding, group: Option<&ProcessGroup>, buckets: &Buckets) -> Self {
-        let (rank, ranks) = match (sharding, group) {
+    pub(super) fn new(
+        engine: &EngineSettings,
+        group: Option<&ProcessGroup>,
+        buckets: &Buckets,
+    ) -> Self {
+        let (rank, ranks) = match (engine.sharding, group) {
             (Sharding::Zero2, Some(group)) => (group.rank().into(), group.world_size().into()),
             _ => (0, 1),
         };
-        let piece = round_up(buckets.largest(ranks > 1), ranks);
-        Self { rank, ranks, piece }
+        let block = buckets.largest(ranks > 1);
+        let piece = if ranks > 1 { block.min(engine.largest_piece) } else { block };
+        let (piece, most_under_way) = (round_up(piece, ranks), round_up(block, ranks));
+        Self { rank, ranks, piece, most_under_way }
+    }
+
+    /// Elements that may pass between ranks at once: at least a piece's.
+    pub(super) fn most_under_way(&self) -> i64 {
+        self.most_under_way
     }
 
     /// This rank's number among the owners of shares.
@@ -84,7 +99,7 @@ impl Partition {
 
     /// `bucket` as it passes between ranks.
     pub(super) fn pieces(&self, bucket: &Bucket) -> impl Iterator<Item = Piece> + use<> {
-        let Self { rank, ranks, piece } = *self;
+        let Self { rank, ranks, piece, .. } = *self;
         let padded = self.padded(bucket);
         (0..padded).step_by(piece.max(1) as usize).map(move |start| {
             let end = padded.min(start + piece);
@@ -165,7 +180,8 @@ mod tests {
                 let bucket = Bucket { slots: Vec::new(), length };
                 let mut owned = 0;
                 for rank in 0..ranks {
-                    let partition = Partition { rank, ranks, piece: round_up(20, ranks) };
+                    let piece = round_up(20, ranks);
+                    let partition = Partition { rank, ranks, piece, most_under_way: piece };
                     let (mut flat, mut share) = (0, 0);
                     for piece in partition.pieces(&bucket) {
                         assert_eq!((piece.flat.start, piece.share.start), (flat, share));

@@ -72,7 +72,7 @@ impl Trainer {
         // The old buffers go before the new ones come.
         self.training = None;
         let buckets = Buckets::new(&self.policy);
-        let partition = Partition::new(settings.engine.sharding, group, &buckets);
+        let partition = Partition::new(&settings.engine, group, &buckets);
         self.training = Some(Training {
             settings,
             rank: group.map_or(0, ProcessGroup::rank),
@@ -271,7 +271,7 @@ impl Training {
         if step.step != expected {
             return Err(TrainError::OutOfOrder { given: step.step, expected });
         }
-        if Partition::new(self.settings.engine.sharding, group, &self.buckets) != self.partition {
+        if Partition::new(&self.settings.engine, group, &self.buckets) != self.partition {
             let given = group.map_or((0, 1), |group| (group.rank(), group.world_size()));
             let begun = (self.partition.rank(), self.partition.ranks());
             return Err(TrainError::OtherGroup { given, begun });

@@ -156,7 +156,13 @@ pub struct EngineSettings {
     pub recompute: Recompute,
     /// In what kind gradients are summed over ranks.
     pub reduce: ReduceKind,
+    /// Under sharding, most elements of a bucket that pass between ranks at once.
+    pub largest_piece: i64,
 }
+
+/// What [`EngineSettings::largest_piece`] is by default, 256 MiB of gradients: more
+/// makes no link faster.
+pub const LARGEST_PIECE: i64 = 1 << 26;
 
 /// All that is settled when training begins.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use tch::{TchError, Tensor};
 
 use super::error::TrainError;
-use super::memory::Pool;
+use super::memory::{Buffer, Pool};
 use super::parameters::{Bucket, Buckets};
 use super::sharding::{Partition, Piece, segments};
 use super::trace::{Exchanges, Tracer};
@@ -34,9 +34,9 @@ struct Gather {
     piece: Piece,
     work: Work,
     /// This rank's elements of the piece.
-    share: Tensor,
+    share: Buffer,
     /// Everybody's.
-    whole: Tensor,
+    whole: Buffer,
 }
 
 impl WeightGather {
@@ -63,9 +63,9 @@ impl WeightGather {
         let (kind, device) = (buckets.kind(), buckets.device());
         for piece in self.partition.pieces(weights) {
             let share = self.pool.take(piece.share.end - piece.share.start, kind, device)?;
-            pack(weights, &piece, &share)?;
+            pack(weights, &piece, &share.values)?;
             let whole = self.pool.take(piece.flat.end - piece.flat.start, kind, device)?;
-            let work = group.all_gather(&whole, &share)?;
+            let work = group.all_gather(&whole.values, &share.values)?;
             self.under_way.push_back(Gather { bucket, piece, work, share, whole });
             while self.under_way.len() > MAX_UNDER_WAY {
                 self.finish_oldest(buckets, stop)?;
@@ -106,7 +106,7 @@ impl WeightGather {
         self.exchanges.wait(|| format!("gather bucket {bucket}"), work, stop)?;
         for others in piece.others() {
             let start = others.start - piece.flat.start;
-            let received = whole.f_narrow(0, start, others.end - others.start)?;
+            let received = whole.values.f_narrow(0, start, others.end - others.start)?;
             for segment in segments(&buckets.list[bucket], others) {
                 segment.weight()?.f_copy_(&segment.of(&received)?)?;
             }

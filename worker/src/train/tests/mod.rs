@@ -14,9 +14,9 @@ use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
 use super::{
-    Algorithm, EngineSettings, MicroBatch, Objective, OptimizerSettings, PreferenceLoss, Recompute,
-    ReduceKind, ReferenceLogps, Sharding, StepReport, TokenPair, TrainError, TrainStep, Trainer,
-    TrainingSettings,
+    Algorithm, EngineSettings, LARGEST_PIECE, MicroBatch, Objective, OptimizerSettings,
+    PreferenceLoss, Recompute, ReduceKind, ReferenceLogps, Sharding, StepReport, TokenPair,
+    TrainError, TrainStep, Trainer, TrainingSettings,
 };
 use crate::collective::{ProcessGroup, Store};
 use crate::model::Decoder;
@@ -32,6 +32,7 @@ const SETTINGS: TrainingSettings = TrainingSettings {
         sharding: Sharding::None,
         recompute: Recompute::None,
         reduce: ReduceKind::Float,
+        largest_piece: LARGEST_PIECE,
     },
 };
 
