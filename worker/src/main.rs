@@ -116,6 +116,7 @@ fn tell_of_nccl() {
 /// gone. What it says of itself is final.
 fn supervise() -> ExitCode {
     let worked = || -> anyhow::Result<ExitCode> {
+        let mut short_lives = 0;
         loop {
             let began = Instant::now();
             let status = std::process::Command::new(std::env::current_exe()?)
@@ -125,11 +126,15 @@ fn supervise() -> ExitCode {
                 .context("start the process that works")?;
             match status.code() {
                 Some(code) => return Ok(ExitCode::from(code as u8)),
-                None if began.elapsed() < SHORT_LIFE => {
-                    anyhow::bail!("the process that works was ended as soon as it began: {status}")
-                }
-                None => warn!(%status, "the process that works was ended; start it again"),
+                None if began.elapsed() < SHORT_LIFE => short_lives += 1,
+                None => short_lives = 0,
             }
+            anyhow::ensure!(
+                short_lives < MAX_SHORT_LIVES,
+                "the process that works was ended as soon as it began, {short_lives} times: {status}"
+            );
+            warn!(%status, "the process that works was ended; start it again");
+            std::thread::sleep(SHORT_LIFE * short_lives);
         }
     };
     worked().unwrap_or_else(|error| {
@@ -138,8 +143,10 @@ fn supervise() -> ExitCode {
     })
 }
 
-/// What lives shorter was not ended by what happens in a run.
+/// One that lives shorter is likely to have been ended by what it met at its start. After
+/// so many in a row nothing is to be hoped of another; before each, a longer wait.
 const SHORT_LIFE: Duration = Duration::from_secs(1);
+const MAX_SHORT_LIVES: u32 = 4;
 
 /// Says that this is a container's first process.
 const CONTAINER: &str = "container";
