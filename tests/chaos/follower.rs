@@ -21,7 +21,7 @@ pub(crate) struct Follower<'a> {
     /// Where it runs, if not on one host; and the run's directory.
     hosts: Option<(&'a Hosts, PathBuf)>,
     /// Those that no coordinator starts.
-    hand_started: Option<Workers>,
+    hand_started: Workers,
     /// Cables that are out or congested: whose, how, and until when.
     cables: Vec<(Option<u32>, Kind, Instant)>,
     workers: BTreeMap<u32, u32>,
@@ -47,8 +47,6 @@ pub(crate) struct Outcome {
     pub(crate) lost: usize,
     pub(crate) latencies: Latencies,
     pub(crate) log: String,
-    /// Of workers that no coordinator started.
-    pub(crate) workers_log: String,
 }
 
 /// A stop by SIGTERM is to be over by then, and workers are to be gone so long after
@@ -68,7 +66,7 @@ impl<'a> Follower<'a> {
         Self {
             waiting,
             hosts: hosts.map(|(hosts, dir)| (hosts, dir.to_owned())),
-            hand_started: None,
+            hand_started: Workers::default(),
             cables: Vec::new(),
             workers: BTreeMap::new(),
             pids: Vec::new(),
@@ -121,9 +119,8 @@ impl<'a> Follower<'a> {
     /// Mends all cables, and ends who is left.
     pub(crate) fn end(mut self) -> Outcome {
         self.mend(true);
-        let workers_log = self.hand_started.take().map_or(String::new(), |workers| workers.log());
         let Self { fired, lost, latencies, log, .. } = self;
-        Outcome { fired, lost, latencies, log, workers_log }
+        Outcome { fired, lost, latencies, log }
     }
 
     /// What a coordinator that ended must not leave: workers that live on, or a stop
@@ -203,13 +200,12 @@ impl<'a> Follower<'a> {
         }
     }
 
-    /// At the first call for workers that nobody else starts.
+    /// At a coordinator's call for workers that nobody else starts.
     fn start_workers(&mut self, line: &str) -> Result<()> {
         if let Some((hosts, dir)) = &self.hosts
-            && self.hand_started.is_none()
             && log::calls_for_workers(line)
         {
-            self.hand_started = Some(hosts.start_workers(&program("worker"), dir)?);
+            hosts.start_workers(&program("worker"), dir, &mut self.hand_started)?;
         }
         Ok(())
     }

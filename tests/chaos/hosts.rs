@@ -1,7 +1,7 @@
 //! Runs over several hosts, so that cables can be pulled: the coordinator on the first,
 //! one worker on each of the others.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result};
@@ -47,24 +47,35 @@ impl Hosts {
         self.network.on(0, &command)
     }
 
-    /// A worker on each of the other hosts.
-    pub(crate) fn start_workers(&self, program: &Path, dir: &Path) -> Result<Workers> {
-        let mut workers = Workers { processes: Vec::new(), logs: Vec::new() };
-        for slot in 0..self.workers {
+    /// A worker on each of the other hosts, where none is: a coordinator that is told to
+    /// stop sends its workers home.
+    pub(crate) fn start_workers(
+        &self,
+        program: &Path,
+        dir: &Path,
+        all: &mut Workers,
+    ) -> Result<()> {
+        all.processes.resize_with(self.workers, || None);
+        for (slot, process) in all.processes.iter_mut().enumerate() {
+            if let Some(process) = process
+                && process.try_wait().context("look at a worker")?.is_none()
+            {
+                continue;
+            }
             let mut command = Command::new(program);
             command.arg("--join").arg(dir.join("join")).args(["--slot", &slot.to_string()]);
             // As many threads as each has of this machine's cores in a local run.
-            let threads = drift_threads(self.workers);
+            let threads = threads_of_each(self.workers);
             command.args(["--device", "cpu", "--wait", "60", "--threads", &threads]);
             command.env_remove("DRIFT_JOIN_TOKEN").env_remove("DRIFT_JOIN_DIR");
             let log = dir.join(format!("worker-{slot}.log"));
-            let file = std::fs::File::create(&log).context("make a worker's log")?;
+            let file = std::fs::File::options().create(true).append(true).open(&log);
+            let file = file.context("make a worker's log")?;
             let mut command = self.network.on(slot + 1, &command);
-            let process = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(file);
-            workers.processes.push(process.spawn().context("start a worker")?);
-            workers.logs.push(log);
+            let command = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(file);
+            *process = Some(command.spawn().context("start a worker")?);
         }
-        Ok(workers)
+        Ok(())
     }
 
     /// Pulls the cable of the host of worker `rank`, or the coordinator's; or plugs it in.
@@ -82,28 +93,20 @@ fn host(rank: Option<u32>) -> usize {
     rank.map_or(0, |rank| rank as usize + 1)
 }
 
-fn drift_threads(workers: usize) -> String {
+fn threads_of_each(workers: usize) -> String {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     (cores / workers).max(1).to_string()
 }
 
-/// Workers of one run. Dropped, they are gone.
+/// Workers of one run, by slot. Dropped, they are gone.
+#[derive(Default)]
 pub(crate) struct Workers {
-    processes: Vec<Child>,
-    logs: Vec<PathBuf>,
-}
-
-impl Workers {
-    /// What they logged.
-    pub(crate) fn log(&self) -> String {
-        let logs = self.logs.iter().map(|log| std::fs::read_to_string(log).unwrap_or_default());
-        logs.collect()
-    }
+    processes: Vec<Option<Child>>,
 }
 
 impl Drop for Workers {
     fn drop(&mut self) {
-        for process in &mut self.processes {
+        for process in self.processes.iter_mut().flatten() {
             // Those that it supervises die with it.
             let _ = process.kill();
             let _ = process.wait();
