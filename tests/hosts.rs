@@ -100,7 +100,7 @@ fn two_and_four_hosts_leave_the_bytes_of_one() {
         assert_eq!(coordinator.status(), Some(0), "{}", coordinator.log());
         for (host, mut worker) in workers.into_iter().enumerate() {
             assert_eq!(worker.status(), Some(0), "{}", worker.log());
-            let where_it_is = format!("worker attached rank={host} about=cpu on host{host} ");
+            let where_it_is = format!("worker attached rank={host} about=\"cpu on host{host} ");
             assert!(coordinator.log().contains(&where_it_is), "{}", coordinator.log());
         }
         assert_eq!(published(&run), expected, "{hosts} hosts");
@@ -115,7 +115,7 @@ fn a_host_that_is_cut_off_costs_its_absence_the_deadline_and_a_replay() {
     const CUT: Duration = Duration::from_secs(20);
     const DEADLINE: u64 = 5;
     let bed = Bed::make(&["host0", "host1"]);
-    let settings = ["training.warm_start_epochs=150", "run.snapshot_steps=5"];
+    let settings = ["training.warm_start_epochs=20", "run.snapshot_steps=5"];
     let began = Instant::now();
     let expected = bed.expected(2, &settings);
     let undisturbed = began.elapsed();

@@ -1,12 +1,18 @@
-//! A library's panic over a damaged file, made an error.
+//! What a library's decoder does with a damaged file, made an error.
 //!
-//! Parquet's decoders refuse most damage by errors, and some by a panic (found by
-//! `make fuzz`). Nothing of ours belongs in here: a panic of our own is a bug to be seen.
+//! Parquet's refuse most damage by errors, and some by a panic, or by reading on behind the
+//! file's end for hours (found by `make fuzz`). Nothing of ours belongs in here: a panic of
+//! our own is a bug to be seen.
 
 use std::cell::Cell;
 use std::fmt::Display;
+use std::fs::File;
+use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::sync::Once;
+
+use bytes::Bytes;
+use parquet::file::reader::{ChunkReader, Length};
 
 thread_local! {
     static CONTAINED: Cell<bool> = const { Cell::new(false) };
@@ -52,9 +58,67 @@ pub(crate) fn items<T, E: Display>(
     })
 }
 
+/// A Parquet file, behind whose end nothing can be read: the decoder skips what a damaged
+/// header says is there, entry by entry, and takes the end for an empty entry.
+pub(crate) struct Ended(pub(crate) File);
+
+/// A part of it, in order.
+pub(crate) struct Part(File);
+
+impl Read for Part {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self.0.read(buffer)? {
+            0 if !buffer.is_empty() => Err(io::ErrorKind::UnexpectedEof.into()),
+            read => Ok(read),
+        }
+    }
+}
+
+impl Length for Ended {
+    fn len(&self) -> u64 {
+        self.0.len()
+    }
+}
+
+impl ChunkReader for Ended {
+    type T = BufReader<Part>;
+
+    fn get_read(&self, start: u64) -> parquet::errors::Result<Self::T> {
+        let mut file = self.0.try_clone()?;
+        file.seek(SeekFrom::Start(start))?;
+        Ok(BufReader::new(Part(file)))
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> parquet::errors::Result<Bytes> {
+        let end = start.checked_add(length as u64);
+        if end.is_none_or(|end| end > self.len()) {
+            return Err(parquet::errors::ParquetError::EOF(format!(
+                "{length} bytes from {start} are not in a file of {}",
+                self.len()
+            )));
+        }
+        self.0.get_bytes(start, length)
+    }
+}
+
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nothing_is_read_behind_the_end() {
+        let mut file = tempfile::tempfile().unwrap();
+        std::io::Write::write_all(&mut file, b"0123456789").unwrap();
+        let file = Ended(file);
+        let mut text = String::new();
+        let error = file.get_read(7).unwrap().read_to_string(&mut text).unwrap_err();
+        assert_eq!((error.kind(), text.as_str()), (io::ErrorKind::UnexpectedEof, ""));
+        assert_eq!(&file.get_bytes(7, 3).unwrap()[..], b"789");
+        for (start, length) in [(7, 4), (11, 0), (u64::MAX, 1)] {
+            assert!(file.get_bytes(start, length).is_err(), "{start} {length}");
+        }
+    }
 
     #[test]
     fn a_panic_is_an_error_and_the_end() {

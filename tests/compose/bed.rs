@@ -87,7 +87,7 @@ impl Bed {
     pub(crate) fn undisturbed(&self) -> Result<()> {
         let project = self.project("plain");
         let shown = self.folder.path().join("shown");
-        let mut up = project.compose(&["up"]);
+        let mut up = project.compose(&["up", "--no-color"]);
         let mut up = up.stdout(File::create(&shown)?).stderr(Stdio::null()).spawn()?;
         let deadline = Instant::now() + PATIENCE;
         let status = loop {

@@ -18,7 +18,7 @@ use super::format::Format;
 use super::rows::Rows;
 use super::turns::{Flag, Label, Text, Turn, Turns, role};
 use super::utterances::{Id, Utterance};
-use crate::contain::{self, contained};
+use crate::contain::{self, Ended, contained};
 
 /// Rows that are decoded at once.
 const BATCH: usize = 1024;
@@ -33,10 +33,10 @@ const DISSATISFIED: [&str; 2] = ["Disatisfaction", "Dissatisfaction"];
 
 const TURNS: &str = "a string, a message {role, content}, or a list of messages";
 
-fn open(path: &Path, file: File) -> Result<ParquetRecordBatchReaderBuilder<File>, CorpusError> {
+fn open(path: &Path, file: File) -> Result<ParquetRecordBatchReaderBuilder<Ended>, CorpusError> {
     // Without the writer's arrow types every text is plain Utf8 and every list a List.
     let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
-    contained(|| ParquetRecordBatchReaderBuilder::try_new_with_options(file, options))
+    contained(|| ParquetRecordBatchReaderBuilder::try_new_with_options(Ended(file), options))
         .map_err(|problem| broken(path, 0, problem))
 }
 
