@@ -28,7 +28,7 @@ struct Arguments {
     /// What to feed: all of them, or some.
     #[arg(value_name = "TARGET", value_parser = clap::builder::PossibleValuesParser::new(NAMES))]
     targets: Vec<String>,
-    /// Seconds for each target.
+    /// Seconds of a processor's time for each target.
     #[arg(long, default_value_t = 600)]
     seconds: u64,
     /// Draws the inputs; another seed, other inputs.

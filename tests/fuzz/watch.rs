@@ -12,8 +12,9 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use super::mutate::Draw;
 use super::targets::target;
 
-/// An input that takes longer hangs.
+/// An input that computes for longer hangs; so does one that waits for so long.
 const PATIENCE: Duration = Duration::from_secs(20);
+const WAITING_PATIENCE: Duration = Duration::from_secs(600);
 /// What a process may map beyond what it has mapped before its first input.
 const MEMORY: u64 = 1 << 30;
 /// A target that breaks this often is left.
@@ -50,14 +51,14 @@ pub(crate) fn bound_memory() -> Result<()> {
     Ok(setrlimit(Resource::As, Rlimit { current: Some(bytes), maximum })?)
 }
 
-/// Feeds one target for `time`; returns how often something broke.
+/// Feeds one target for `time` of a processor's; returns how often something broke.
 pub(crate) fn watch(name: &str, seed: u64, time: Duration, keep: &Path) -> Result<u64> {
     let folder = tempfile::tempdir()?;
     let (counter_path, log_path) = (folder.path().join("number"), folder.path().join("log"));
     let counter = Counter::open(&counter_path)?;
-    let began = Instant::now();
+    let mut computed = Duration::ZERO;
     let (mut first, mut found) = (0, 0);
-    while began.elapsed() < time && found < ENOUGH {
+    while computed < time && found < ENOUGH {
         counter.set(first)?;
         let mut child = Command::new(std::env::current_exe()?)
             .args([name, "--seed", &seed.to_string(), "--child"])
@@ -67,7 +68,8 @@ pub(crate) fn watch(name: &str, seed: u64, time: Duration, keep: &Path) -> Resul
             .stdout(Stdio::null())
             .stderr(File::create(&log_path)?)
             .spawn()?;
-        let end = follow(&mut child, &counter, began + time)?;
+        let (end, took) = follow(&mut child, &counter, time - computed)?;
+        computed += took;
         let number = counter.get();
         if let Some(how) = end {
             found += 1;
@@ -84,31 +86,47 @@ pub(crate) fn watch(name: &str, seed: u64, time: Duration, keep: &Path) -> Resul
         }
         first = number + 1;
     }
-    let seconds = began.elapsed().as_secs_f64();
-    println!("{name}: {first} inputs in {seconds:.0} s, {found} broke something");
+    let seconds = computed.as_secs_f64();
+    println!("{name}: {first} inputs in {seconds:.0} s of a processor, {found} broke something");
     Ok(found)
 }
 
-/// Waits until the process ends, hangs, or the time is over; says how it ended before that.
-fn follow(child: &mut Child, counter: &Counter, until: Instant) -> Result<Option<String>> {
-    let (mut seen, mut since) = (counter.get(), Instant::now());
+/// Waits until the process ends, hangs, or has computed for `time`; says how it ended
+/// before that, and how long it computed.
+fn follow(
+    child: &mut Child,
+    counter: &Counter,
+    time: Duration,
+) -> Result<(Option<String>, Duration)> {
+    let (mut number, mut began, mut since) = (counter.get(), Duration::ZERO, Instant::now());
+    let mut computed = Duration::ZERO;
     let how = loop {
+        computed = processor_time(child.id()).unwrap_or(computed);
         if let Some(status) = child.try_wait()? {
-            return Ok(Some(status.to_string()));
+            return Ok((Some(status.to_string()), computed));
         }
-        let number = counter.get();
-        if number != seen {
-            (seen, since) = (number, Instant::now());
+        if counter.get() != number {
+            (number, began, since) = (counter.get(), computed, Instant::now());
         }
-        if since.elapsed() > PATIENCE {
-            break Some(format!("not done after {} s", PATIENCE.as_secs()));
+        if computed - began > PATIENCE || since.elapsed() > WAITING_PATIENCE {
+            let (computed, waited) = ((computed - began).as_secs(), since.elapsed().as_secs());
+            break Some(format!("not done after {computed} s of a processor, {waited} s in all"));
         }
-        if Instant::now() >= until {
+        if computed >= time {
             break None;
         }
         std::thread::sleep(Duration::from_millis(50));
     };
     child.kill()?;
     child.wait()?;
-    Ok(how)
+    Ok((how, computed))
+}
+
+/// What a process has had of processors; none when it is gone.
+fn processor_time(process: u32) -> Option<Duration> {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    // The fields behind the program's name, which may hold anything.
+    let fields: Vec<&str> = stat.rsplit(')').next()?.split_whitespace().collect();
+    let ticks = fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?;
+    Some(Duration::from_secs_f64(ticks as f64 / rustix::param::clock_ticks_per_second() as f64))
 }
