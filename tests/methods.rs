@@ -201,7 +201,7 @@ fn every_side_came_from_where_the_method_says() {
                 let raw = &raw[&case.origin.record];
                 assert_eq!(raw.label, label, "{name}");
                 for index in 0..prompts.samples() {
-                    let shown = left.prepared.text.decode(prompts.of(id, index)).unwrap();
+                    let shown = left.prepared.text.decode(&prompts.of(id, index)).unwrap();
                     assert!(shown.contains(&raw.question), "{name}: {shown}");
                     if let Some(answer) = &raw.answer {
                         let complains = shown.contains(answer) && shown.contains(&raw.reply);

@@ -232,7 +232,8 @@ mod tests {
         assert!(ask(address, "POST /metrics").starts_with("HTTP/1.1 405"));
         // It hangs up on the rest of the head: whether the answer arrives before that is chance.
         let head = format!("GET /{}", "x".repeat(HEAD_BYTES));
-        let refused = try_ask(address, &head).map_or(true, |answer| answer.starts_with("HTTP/1.1 4"));
+        let refused =
+            try_ask(address, &head).map_or(true, |answer| answer.starts_with("HTTP/1.1 4"));
         assert!(refused, "a head has its bound");
         let taken = serve(address, program).unwrap_err().to_string();
         assert!(taken.contains(&address.to_string()) && taken.contains("--metrics"), "{taken}");

@@ -44,8 +44,7 @@ pub(crate) fn describe() -> Result<Value> {
 
 /// A number in one of the kernel's tables; memory is in kB there.
 pub(crate) fn field(path: &Path, name: &str) -> Result<u64> {
-    let text =
-        fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+    let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
     text.lines()
         .find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse().ok())
         .with_context(|| format!("{} holds no {name}", path.display()))

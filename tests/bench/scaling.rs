@@ -212,7 +212,13 @@ pub(crate) fn run_rank(job: &RankJob) -> Result<RankRun> {
     }
     // Nobody leaves while another still reduces.
     group.as_ref().map(ProcessGroup::barrier).transpose()?;
-    Ok(RankRun { seconds, step_seconds, busy, exposed, peak_bytes: peak_bytes(Path::new("/proc/self"))? })
+    Ok(RankRun {
+        seconds,
+        step_seconds,
+        busy,
+        exposed,
+        peak_bytes: peak_bytes(Path::new("/proc/self"))?,
+    })
 }
 
 /// A run ends with its last rank.

@@ -23,7 +23,7 @@ pub(crate) fn write(path: &Path, conversations: u64) -> Result<()> {
     let mut file = BufWriter::new(File::create(path).context("write the corpus")?);
     for n in 0..conversations {
         let mut dice = n.wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        let prompt = (0..1 + (dice >> 62)).fold(format!("Question {n}."), |text, _| {
+        let prompt = (0..1 + (dice >> 63)).fold(format!("Question {n}."), |text, _| {
             dice = dice.rotate_left(11).wrapping_mul(0x2545_F491_4F6C_DD1D);
             text + " " + SENTENCES[(dice >> 61) as usize]
         });

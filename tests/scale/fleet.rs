@@ -28,6 +28,9 @@ pub(crate) struct Fleet {
 /// A supervisor takes this long to start a worker anew, at least.
 const RESTART: Duration = Duration::from_millis(200);
 
+/// How often it does so before it gives up.
+const TRIES: u32 = 20;
+
 /// Of all prompts' made replies.
 pub(crate) const FINISH: pb::FinishReason = pb::FinishReason::Stop;
 
@@ -77,12 +80,16 @@ impl Fleet {
         for slot in 0..workers {
             let fleet = Arc::clone(self);
             tokio::spawn(async move {
+                let mut tries = 0;
                 loop {
                     match attend(&fleet, slot).await {
-                        Ok(Ended::Lost) => tokio::time::sleep(RESTART).await,
+                        Ok(Ended::Lost) => tries = TRIES,
                         Ok(Ended::Dismissed) => return,
+                        // It came before the coordinator knew that its place is free.
+                        Err(_) if tries > 0 => tries -= 1,
                         Err(error) => return fleet.tally.failed(format!("{error:#}")),
                     }
+                    tokio::time::sleep(RESTART).await;
                 }
             });
         }

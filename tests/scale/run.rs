@@ -66,7 +66,8 @@ impl<'a> Bed<'a> {
     async fn sample(&self, dir: &Path, workers: u32, rate: Rate) -> Result<Measured> {
         let Arguments { prompts, shard_prompts, losses, .. } = *self.arguments;
         let began = Instant::now();
-        let mut coordinator = Coordinator::start(&self.settings(dir, workers), self.arguments.verbose)?;
+        let mut coordinator =
+            Coordinator::start(&self.settings(dir, workers), self.arguments.verbose)?;
         coordinator.until("wait for workers", None).await?;
         let preparing = began.elapsed().as_secs_f64();
 
@@ -121,6 +122,7 @@ impl<'a> Bed<'a> {
             "launch.start=none",
             "data.format=dsat",
             "data.held_out=1",
+            "text.instruction=\"Answer again.\"",
             "training.warm_start_epochs=0",
             "training.iterations=1",
             &format!("sampling.shard_prompts={}", self.arguments.shard_prompts),

@@ -124,7 +124,7 @@ pub fn lengths(prepared: &Prepared) -> Result<(Vec<LengthForecast>, PairCounts),
             _ => "sampling prompts",
         };
         let of_index = prepared.prompts.iter().skip(index).step_by(draws);
-        lengths.extend(spread(what, of_index.map(<[u32]>::len).collect()));
+        lengths.extend(spread(what, of_index.map(|ids| ids.len()).collect()));
     }
     let (rows, counts) =
         seed_pairs(&prepared.text, &prepared.seeds, prepared.lengths, &prepared.held_out)?;

@@ -57,8 +57,7 @@ impl Prepared {
         &self,
         id: PromptId,
     ) -> impl Iterator<Item = (PromptId, u32, Vec<u32>)> + '_ {
-        (0..self.prompts.samples())
-            .map(move |index| (id, index as u32, self.prompts.of(id, index).to_vec()))
+        (0..self.prompts.samples()).map(move |index| (id, index as u32, self.prompts.of(id, index)))
     }
 
     /// SHA-256 over everything that later phases compute from. A run continues

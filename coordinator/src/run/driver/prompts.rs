@@ -11,11 +11,11 @@ use crate::domain::PromptId;
 /// Cases whose prompts are made together.
 const BLOCK: usize = 16 << 10;
 
-/// What replies are drawn from. Four bytes a token and eight a prompt: of a million
-/// prompts, whatever more each had would be what fills the memory.
+/// What replies are drawn from. Of a million prompts each byte counts: ids are kept as
+/// the wire has them, seven bits a byte, so that most take two.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Prompts {
-    ids: Vec<u32>,
+    bytes: Vec<u8>,
     /// Where each prompt ends among them: of a case in the order of samples.
     ends: Vec<usize>,
     /// Samples that are drawn for a case, each from a prompt of its own.
@@ -37,8 +37,8 @@ impl Prompts {
             let mut part = Self { samples, ..Self::default() };
             for case in cases {
                 for index in 0..samples {
-                    part.ids.extend(prompt(case, index)?);
-                    part.ends.push(part.ids.len());
+                    prompt(case, index)?.into_iter().for_each(|id| put(&mut part.bytes, id));
+                    part.ends.push(part.bytes.len());
                 }
             }
             Ok(part)
@@ -52,14 +52,14 @@ impl Prompts {
                 let parts: Vec<_> = parts.map(|cases| scope.spawn(move || part(cases))).collect();
                 for made in parts {
                     let made = made.join().unwrap_or_else(|panic| resume_unwind(panic))?;
-                    let before = all.ids.len();
-                    all.ids.extend(made.ids);
+                    let before = all.bytes.len();
+                    all.bytes.extend(made.bytes);
                     all.ends.extend(made.ends.iter().map(|end| before + end));
                 }
                 Ok(())
             })?;
         }
-        all.ids.shrink_to_fit();
+        all.bytes.shrink_to_fit();
         Ok(all)
     }
 
@@ -77,18 +77,42 @@ impl Prompts {
     ///
     /// # Panics
     /// Where there is no such case, or sample.
-    pub fn of(&self, case: PromptId, sample: usize) -> &[u32] {
+    pub fn of(&self, case: PromptId, sample: usize) -> Vec<u32> {
         assert!(sample < self.samples, "{} samples are drawn for a case", self.samples);
         let at = case.0 as usize * self.samples + sample;
         let begin = at.checked_sub(1).map_or(0, |before| self.ends[before]);
-        &self.ids[begin..self.ends[at]]
+        ids(&self.bytes[begin..self.ends[at]])
     }
 
     /// All prompts, in the order of cases and samples.
-    pub fn iter(&self) -> impl Iterator<Item = &[u32]> {
+    pub fn iter(&self) -> impl Iterator<Item = Vec<u32>> {
         let begins = std::iter::once(0).chain(self.ends.iter().copied());
-        begins.zip(&self.ends).map(|(begin, &end)| &self.ids[begin..end])
+        begins.zip(&self.ends).map(|(begin, &end)| ids(&self.bytes[begin..end]))
     }
+}
+
+/// Writes an id, its lowest bits first; the eighth bit says that more follow.
+fn put(bytes: &mut Vec<u8>, mut id: u32) {
+    while id >= 0x80 {
+        bytes.push(id as u8 | 0x80);
+        id >>= 7;
+    }
+    bytes.push(id as u8);
+}
+
+/// Reads what [`put`] wrote.
+fn ids(bytes: &[u8]) -> Vec<u32> {
+    let mut ids = Vec::with_capacity(bytes.len());
+    let (mut id, mut shift) = (0, 0);
+    for byte in bytes {
+        id |= u32::from(byte & 0x7F) << shift;
+        shift += 7;
+        if byte & 0x80 == 0 {
+            ids.push(id);
+            (id, shift) = (0, 0);
+        }
+    }
+    ids
 }
 
 #[cfg(test)]
@@ -114,6 +138,15 @@ mod tests {
                 assert_eq!(prompts.of(PromptId(at as u64 / 2), at % 2), expected);
             }
         }
+    }
+
+    #[test]
+    fn ids_of_any_size_are_read_as_they_were_written() {
+        let all = [0, 1, 127, 128, 16_383, 16_384, 151_643, 1 << 28, u32::MAX];
+        let mut bytes = Vec::new();
+        all.into_iter().for_each(|id| put(&mut bytes, id));
+        assert_eq!(ids(&bytes), all);
+        assert_eq!(bytes.len(), 3 + 2 * 2 + 2 * 3 + 2 * 5);
     }
 
     #[test]

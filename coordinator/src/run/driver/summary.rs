@@ -59,8 +59,7 @@ fn iteration(journal: &Journal, commits: &[Commit], k: Iteration) -> Result<Iter
             margin: value("eval_rewards/margins")?,
         })
     });
-    let sampled_tokens =
-        journal.samples(k)?.iter().map(|sample| sample.tokens.len() as u64).sum();
+    let sampled_tokens = journal.samples(k)?.iter().map(|sample| sample.tokens.len() as u64).sum();
     let per_second = |amount: u64, phase: &str| {
         seconds.get(phase).filter(|&&s| amount > 0 && s > 0.0).map(|s| amount as f64 / s)
     };

@@ -81,7 +81,8 @@ impl Stage {
         welcome: &dyn Fn(&Self, Rank) -> Command,
         effects: &mut Vec<Effect>,
     ) {
-        let room: Vec<_> = self.room.iter().copied().filter(|&rank| members.is_here(rank)).collect();
+        let room: Vec<_> =
+            self.room.iter().copied().filter(|&rank| members.is_here(rank)).collect();
         for rank in room {
             let has_work = !self.bound[rank.index()].is_empty() || !self.shared.is_empty();
             if has_work && members.take_fresh(rank) {

@@ -310,9 +310,8 @@ fn put_counts(
     json: &serde_json::Value,
 ) -> rusqlite::Result<()> {
     let text = json.to_string();
-    let mut insert = connection.prepare_cached(
-        "INSERT OR REPLACE INTO counts (kind, json, sha256) VALUES (?1, ?2, ?3)",
-    )?;
+    let mut insert = connection
+        .prepare_cached("INSERT OR REPLACE INTO counts (kind, json, sha256) VALUES (?1, ?2, ?3)")?;
     insert.execute(params![kind, text, counts_sum(kind, &text)]).map(drop)
 }
 

@@ -166,7 +166,9 @@ pub(super) fn put_shard(
     let part = transaction.savepoint().map_err(&failed)?;
     let recorded: Option<Vec<u8>> = part
         .prepare_cached("SELECT sha256 FROM shards WHERE iteration = ?1 AND shard = ?2")
-        .and_then(|mut query| query.query_row(params![iteration.0, id], |row| row.get(0)).optional())
+        .and_then(|mut query| {
+            query.query_row(params![iteration.0, id], |row| row.get(0)).optional()
+        })
         .map_err(&failed)?;
     if let Some(recorded) = recorded {
         if recorded != sum {

@@ -32,7 +32,10 @@ pub struct JournalWriter(State);
 #[derive(Debug)]
 enum State {
     Idle(Journal),
-    Recording { queue: SyncSender<Entry>, thread: JoinHandle<Result<Journal, StoreError>> },
+    Recording {
+        queue: SyncSender<Entry>,
+        thread: JoinHandle<Result<Journal, StoreError>>,
+    },
     /// An entry could not be recorded, which was told.
     Failed,
 }
