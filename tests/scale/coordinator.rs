@@ -9,8 +9,8 @@ use anyhow::{Context, Result, bail};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStderr, Command};
 
-use crate::machine;
 use crate::tally::Tally;
+use crate::{Arguments, machine};
 
 /// A run's coordinator.
 pub(crate) struct Coordinator {
@@ -19,6 +19,8 @@ pub(crate) struct Coordinator {
     lines: Lines<BufReader<ChildStderr>>,
     log: Vec<String>,
     verbose: bool,
+    /// It is to say the next thing within this time.
+    patience: Duration,
 }
 
 /// What the process has taken so far.
@@ -33,11 +35,8 @@ pub(crate) struct Usage {
     pub(crate) written: u64,
 }
 
-/// It is to say the next thing within this time.
-const PATIENCE: Duration = Duration::from_secs(1200);
-
 impl Coordinator {
-    pub(crate) fn start(arguments: &[String], verbose: bool) -> Result<Self> {
+    pub(crate) fn start(settings: &[String], arguments: &Arguments) -> Result<Self> {
         let own = std::env::current_exe().context("find this program")?;
         let mut command = Command::new(own.with_file_name("coordinator"));
         for (name, _) in std::env::vars_os() {
@@ -45,20 +44,27 @@ impl Coordinator {
                 command.env_remove(name);
             }
         }
-        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command.args(settings).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.kill_on_drop(true).spawn().context("start the coordinator")?;
         let pid = child.id().context("its process id")?;
         let stderr = child.stderr.take().context("its log")?;
-        Ok(Self { child, pid, lines: BufReader::new(stderr).lines(), log: Vec::new(), verbose })
+        Ok(Self {
+            child,
+            pid,
+            lines: BufReader::new(stderr).lines(),
+            log: Vec::new(),
+            verbose: arguments.verbose,
+            patience: Duration::from_secs(arguments.patience),
+        })
     }
 
     /// Waits for a line of its log that holds `mark`.
     pub(crate) async fn until(&mut self, mark: &str, tally: Option<&Tally>) -> Result<()> {
-        let told = tokio::time::timeout(PATIENCE, self.listen(mark, tally)).await;
+        let told = tokio::time::timeout(self.patience, self.listen(mark, tally)).await;
         let tail = || self.log[self.log.len().saturating_sub(20)..].join("\n");
         match told {
             Ok(told) => told.with_context(|| format!("wait for {mark:?} behind:\n{}", tail())),
-            Err(_) => bail!("no {mark:?} within {PATIENCE:?} behind:\n{}", tail()),
+            Err(_) => bail!("no {mark:?} within {:?} behind:\n{}", self.patience, tail()),
         }
     }
 

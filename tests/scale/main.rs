@@ -38,7 +38,7 @@ struct Arguments {
     #[arg(long, default_value_t = 1_000_000)]
     prompts: u64,
     /// Prompts that all workers together sample in a second; `max`: they never sleep.
-    #[arg(long, value_delimiter = ',', default_value = "41000,max", value_parser = rate)]
+    #[arg(long, value_delimiter = ',', default_value = "26000,max", value_parser = rate)]
     rates: Vec<Rate>,
     /// Tokens of a reply.
     #[arg(long, default_value_t = 8)]
@@ -52,6 +52,9 @@ struct Arguments {
     /// Where the figures go.
     #[arg(long, default_value = "target/bench/scale.json")]
     report: PathBuf,
+    /// Seconds that a coordinator has for each of preparing, attaching and sampling.
+    #[arg(long, default_value_t = 1200)]
+    patience: u64,
     /// Print each coordinator's log.
     #[arg(long)]
     verbose: bool,

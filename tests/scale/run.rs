@@ -57,7 +57,7 @@ impl<'a> Bed<'a> {
         let dir = self.folder.join("run");
         let measured = runtime.block_on(self.sample(&dir, workers, rate))?;
         drop(runtime);
-        self.check(&dir)?;
+        self.check(&dir, measured.recoveries.len())?;
         let journal_bytes = size(&dir.join("journal.sqlite"));
         std::fs::remove_dir_all(&dir).context("remove the run")?;
         Ok(Measured { journal_bytes, ..measured })
@@ -66,8 +66,7 @@ impl<'a> Bed<'a> {
     async fn sample(&self, dir: &Path, workers: u32, rate: Rate) -> Result<Measured> {
         let Arguments { prompts, shard_prompts, losses, .. } = *self.arguments;
         let began = Instant::now();
-        let mut coordinator =
-            Coordinator::start(&self.settings(dir, workers), self.arguments.verbose)?;
+        let mut coordinator = Coordinator::start(&self.settings(dir, workers), self.arguments)?;
         coordinator.until("wait for workers", None).await?;
         let preparing = began.elapsed().as_secs_f64();
 
@@ -132,9 +131,13 @@ impl<'a> Bed<'a> {
         arguments
     }
 
-    /// Every prompt was sampled once, and the journal has what was replied.
-    fn check(&self, dir: &Path) -> Result<()> {
+    /// Every prompt was sampled once, the journal has what was replied, and nobody was
+    /// lost but those that closed their connections.
+    fn check(&self, dir: &Path, closed: usize) -> Result<()> {
         let (journal, _) = Journal::open(&dir.join("journal.sqlite"))?;
+        let counts = journal.counts()?;
+        let lost = counts.iter().filter(|(kind, _)| kind.starts_with("loss ")).count();
+        ensure!(lost == closed, "{lost} workers were lost, and {closed} closed their connection");
         let samples = journal.samples(Iteration(1))?;
         let mut left: BTreeSet<u64> = (0..self.arguments.prompts).collect();
         for sample in &samples {

@@ -49,8 +49,7 @@ impl Driver {
                 self.session.journal.record(entry).context("record a shard")
             }
             Effect::RecordReferences(k, logps) => {
-                self.session.journal.journal()?.record_reference(k, &logps)?;
-                Ok(())
+                Ok(self.session.journal.record(Entry::References(k, logps))?)
             }
             Effect::RecordStep { iteration, epoch, step, pairs, metrics, reduction } => {
                 self.record_step(iteration, epoch, step, pairs, &metrics, reduction)

@@ -200,7 +200,13 @@ pub async fn drive(session: Session, mut stop: mpsc::Receiver<Stop>) -> Result<(
     // Links must close before the workers are waited for.
     driver.peers.clear();
     driver.launcher.reap(LEAVE_GRACE).await;
-    let outcome = driver.outcome.take().unwrap_or(Outcome::Stopped);
+    let mut outcome = driver.outcome.take().unwrap_or(Outcome::Stopped);
+    // What workers told is on disk, whatever ended the run.
+    if let Err(error) = driver.session.journal.journal()
+        && !matches!(outcome, Outcome::Failed(_))
+    {
+        outcome = Outcome::Failed(error.to_string());
+    }
     Ok((driver.session, outcome))
 }
 

@@ -135,7 +135,7 @@ mod tests {
                 cases.iter().flat_map(|c| [0, 1].map(|s| prompt(c, s).unwrap())).collect();
             assert_eq!(prompts.iter().collect::<Vec<_>>(), expected);
             for (at, expected) in expected.iter().enumerate() {
-                assert_eq!(prompts.of(PromptId(at as u64 / 2), at % 2), expected);
+                assert_eq!(prompts.of(PromptId(at as u64 / 2), at % 2), *expected);
             }
         }
     }

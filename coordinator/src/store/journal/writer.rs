@@ -7,8 +7,8 @@
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
-use super::{Journal, StoreError, put_counts, samples};
-use crate::domain::{Iteration, Sample, ShardId};
+use super::{Journal, StoreError, put_counts, samples, training};
+use crate::domain::{Iteration, PairId, ReferenceLogps, Sample, ShardId};
 
 /// Entries that wait at most: who is faster than the disk waits for it.
 const QUEUE: usize = 256;
@@ -21,6 +21,8 @@ const BATCH: usize = 128;
 pub enum Entry {
     /// As [`Journal::record_shard`].
     Shard(Iteration, ShardId, Vec<Sample>),
+    /// As [`Journal::record_reference`].
+    References(Iteration, Vec<(PairId, ReferenceLogps)>),
     /// As [`Journal::record_counts`].
     Counts(String, serde_json::Value),
 }
@@ -104,13 +106,16 @@ fn record_all(mut journal: Journal, entries: &Receiver<Entry>) -> Result<Journal
 impl Journal {
     /// Records entries in one transaction, each as it would be by itself.
     fn record_batch(&mut self, entries: &[Entry]) -> Result<(), StoreError> {
-        let failed = self.failed("record what was sampled");
+        let failed = self.failed("record what workers told");
         let path = self.path.clone();
         let mut transaction = self.connection.transaction().map_err(&failed)?;
         for entry in entries {
             match entry {
                 Entry::Shard(iteration, shard, of_shard) => {
                     samples::put_shard(&mut transaction, &path, *iteration, *shard, of_shard)?;
+                }
+                Entry::References(iteration, logps) => {
+                    training::put_reference(&transaction, &path, *iteration, logps)?;
                 }
                 Entry::Counts(kind, json) => {
                     put_counts(&transaction, kind, json).map_err(&failed)?;
@@ -154,9 +159,13 @@ mod tests {
         for n in 0..1_000 {
             writer.record(shard(n, n)).unwrap();
         }
+        let logps = ReferenceLogps { chosen: -1.0, rejected: -2.0 };
+        let scored = vec![(PairId(3), logps)];
+        writer.record(Entry::References(Iteration(1), scored.clone())).unwrap();
         writer.record(Entry::Counts("loss".into(), json!(1))).unwrap();
         let journal = writer.journal().unwrap();
         assert_eq!(journal.samples(Iteration(1)).unwrap().len(), 1_000);
+        assert_eq!(journal.reference(Iteration(1)).unwrap(), scored);
         assert_eq!(journal.counts().unwrap(), [("loss".to_owned(), json!(1))]);
         // And again, by another thread.
         writer.record(shard(1_000, 1_000)).unwrap();
