@@ -12,7 +12,7 @@ WORKERS ?= 2
 # Benchmarks for `make bench` to run: all of them, or some.
 ONLY ?= dpo sample scaling
 # More flags for `make demo`, such as ARGS="--set seed=7", or for `make bench`,
-# such as ONLY=dpo ARGS="--mix even --skip-peer".
+# such as ONLY=dpo ARGS="--mix even --skip-peer", or for `make scale`.
 ARGS ?=
 
 # Where there is llama.cpp, built for this machine, beside the other peers.
@@ -26,7 +26,7 @@ STAMP := .venv/.installed-$(shell cat $(REQUIREMENTS) | sha256sum | cut -c1-16)
 DENY_VERSION := 0.20.2
 DENY := .cache/tools/cargo-deny-$(DENY_VERSION)/bin/cargo-deny
 
-.PHONY: help setup system libtorch build cuda demo bench chaos fuzz images test test-cuda test-hosts test-slurm test-compose check lint deny clean
+.PHONY: help setup system libtorch build cuda demo bench scale chaos fuzz images test test-cuda test-hosts test-slurm test-compose check lint deny clean
 
 help: ## list these targets
 	@echo "usage: make TARGET"
@@ -99,6 +99,9 @@ bench: build $(if $(filter sample,$(ONLY)),$(BENCH_STAMP)) ## measure the engine
 	@for benchmark in $(ONLY); do
 		target/release/bench $$benchmark $(ARGS)
 	done
+
+scale: build ## measure the coordinator beside up to 1,024 simulated workers and a million prompts
+	@target/release/scale $(ARGS)
 
 # How many runs `make chaos` disturbs, and the first one's seed.
 SEEDS ?= 100

@@ -21,6 +21,7 @@ mod presets;
 mod recovery;
 mod run;
 mod sample_parity;
+mod scale;
 mod slurm;
 mod stop_strings;
 mod text_parity;

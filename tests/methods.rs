@@ -196,11 +196,12 @@ fn every_side_came_from_where_the_method_says() {
                         _ => false,
                     }
             };
-            for (case, prompts) in left.prepared.cases.iter().zip(&left.prepared.prompts) {
+            let prompts = &left.prepared.prompts;
+            for (id, case) in (0..).map(PromptId).zip(&left.prepared.cases) {
                 let raw = &raw[&case.origin.record];
                 assert_eq!(raw.label, label, "{name}");
-                for (index, prompt) in prompts.iter().enumerate() {
-                    let shown = left.prepared.text.decode(prompt).unwrap();
+                for index in 0..prompts.samples() {
+                    let shown = left.prepared.text.decode(&prompts.of(id, index)).unwrap();
                     assert!(shown.contains(&raw.question), "{name}: {shown}");
                     if let Some(answer) = &raw.answer {
                         let complains = shown.contains(answer) && shown.contains(&raw.reply);

@@ -1,6 +1,7 @@
 //! What the machine is, and what a process took of it.
 
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
@@ -8,21 +9,22 @@ use serde_json::{Value, json};
 /// Linux tells processor time to every program in hundredths of a second.
 const TICKS_PER_SECOND: f64 = 100.0;
 
-/// This process's largest resident memory so far, in bytes.
-pub(crate) fn peak_bytes() -> Result<u64> {
-    Ok(field("/proc/self/status", "VmHWM:")? << 10)
+/// Largest resident memory so far, in bytes, of the process whose folder in `/proc` it is.
+pub(crate) fn peak_bytes(process: &Path) -> Result<u64> {
+    Ok(field(&process.join("status"), "VmHWM:")? << 10)
 }
 
-/// Processor seconds of this process so far, over all its threads: outside and
-/// inside the kernel.
-pub(crate) fn processor_seconds() -> Result<(f64, f64)> {
-    let stat = fs::read_to_string("/proc/self/stat").context("read /proc/self/stat")?;
+/// Processor seconds of a process so far, over all its threads: outside and inside the
+/// kernel.
+pub(crate) fn processor_seconds(process: &Path) -> Result<(f64, f64)> {
+    let path = process.join("stat");
+    let stat = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
     // The program's name, in parentheses, may hold spaces. After it: state, and then numbers.
     let numbers = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
     let ticks: Vec<f64> = numbers.skip(11).take(2).filter_map(|n| n.parse().ok()).collect();
     match ticks[..] {
         [user, system] => Ok((user / TICKS_PER_SECOND, system / TICKS_PER_SECOND)),
-        _ => anyhow::bail!("/proc/self/stat holds no processor times: {stat}"),
+        _ => anyhow::bail!("{} holds no processor times: {stat}", path.display()),
     }
 }
 
@@ -36,14 +38,14 @@ pub(crate) fn describe() -> Result<Value> {
     Ok(json!({
         "cpu": model,
         "cores": std::thread::available_parallelism()?.get(),
-        "memory_bytes": field("/proc/meminfo", "MemTotal:")? << 10,
+        "memory_bytes": field(Path::new("/proc/meminfo"), "MemTotal:")? << 10,
     }))
 }
 
-/// A number of kB in one of the kernel's tables.
-fn field(path: &str, name: &str) -> Result<u64> {
-    let text = fs::read_to_string(path).with_context(|| format!("read {path}"))?;
+/// A number in one of the kernel's tables; memory is in kB there.
+pub(crate) fn field(path: &Path, name: &str) -> Result<u64> {
+    let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
     text.lines()
         .find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse().ok())
-        .with_context(|| format!("{path} holds no {name}"))
+        .with_context(|| format!("{} holds no {name}", path.display()))
 }

@@ -1,5 +1,6 @@
 //! Our side of `bench dpo`: one run, in a process of its own.
 
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::Result;
@@ -18,7 +19,7 @@ pub(crate) fn run(job: &Job) -> Result<Run> {
     let mut trainer = Trainer::new(Decoder::load(&job.model, job.dtype.kind(), Device::Cpu)?);
     let mut pairs = token_pairs(&job.pairs);
 
-    let (user_before, system_before) = processor_seconds()?;
+    let (user_before, system_before) = processor_seconds(Path::new("/proc/self"))?;
     let start = Instant::now();
     trainer.begin(recipe.settings(engine), None)?;
     score(&trainer, &mut pairs, job.batch, engine.max_tokens)?;
@@ -34,7 +35,7 @@ pub(crate) fn run(job: &Job) -> Result<Run> {
         logps_chosen.push(mean(&report, |pair| pair.logp_chosen));
     }
     let seconds = start.elapsed().as_secs_f64();
-    let (user, system) = processor_seconds()?;
+    let (user, system) = processor_seconds(Path::new("/proc/self"))?;
 
     Ok(Run {
         seconds,
@@ -42,7 +43,7 @@ pub(crate) fn run(job: &Job) -> Result<Run> {
         step_seconds,
         user_seconds: user - user_before,
         system_seconds: system - system_before,
-        peak_bytes: peak_bytes()?,
+        peak_bytes: peak_bytes(Path::new("/proc/self"))?,
         losses,
         logps_chosen,
         versions: [("libtorch".to_owned(), LIBTORCH_VERSION.to_owned())].into(),

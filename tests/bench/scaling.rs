@@ -2,7 +2,7 @@
 
 use std::fs::{File, create_dir_all};
 use std::io::{BufWriter, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -212,7 +212,13 @@ pub(crate) fn run_rank(job: &RankJob) -> Result<RankRun> {
     }
     // Nobody leaves while another still reduces.
     group.as_ref().map(ProcessGroup::barrier).transpose()?;
-    Ok(RankRun { seconds, step_seconds, busy, exposed, peak_bytes: peak_bytes()? })
+    Ok(RankRun {
+        seconds,
+        step_seconds,
+        busy,
+        exposed,
+        peak_bytes: peak_bytes(Path::new("/proc/self"))?,
+    })
 }
 
 /// A run ends with its last rank.

@@ -89,7 +89,7 @@ pub fn run(arguments: &RunArguments) -> Result<Exit> {
         model_dir: inputs.model_dir,
         prepared: Arc::new(inputs.prepared),
         run,
-        journal,
+        journal: journal.into(),
         run_id,
         progress,
         watch,
@@ -103,10 +103,10 @@ pub fn run(arguments: &RunArguments) -> Result<Exit> {
     let dir = session.run.root().display().to_string();
     match outcome {
         Outcome::Finished => {
-            let summary = summarise(&session)?;
+            let summary = summarise(&mut session)?;
             let json = summary.to_json()?;
             write_file(&session.run.summary_path(), &json)?;
-            session.journal.record_file(names::SUMMARY, &FileEntry::of_bytes(&json))?;
+            session.journal.journal()?.record_file(names::SUMMARY, &FileEntry::of_bytes(&json))?;
             print(&render(&summary, Glyphs::from_environment()))?;
             Ok(Exit::Finished)
         }

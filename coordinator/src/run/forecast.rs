@@ -116,14 +116,15 @@ fn shown(steps: u64, warmup_ratio: f64) -> Vec<u64> {
 /// The tokenizer's, and the chat template's.
 pub fn lengths(prepared: &Prepared) -> Result<(Vec<LengthForecast>, PairCounts), TextError> {
     let mut lengths = Vec::new();
-    let draws = prepared.prompts.first().map_or(0, Vec::len);
+    let draws = prepared.prompts.samples();
     for index in 0..draws {
         let what = match (draws, index, prepared.method) {
             (2, 0, Method::IterDpo) => "sampling prompts, guided",
             (2, _, Method::IterDpo) => "sampling prompts, unguided",
             _ => "sampling prompts",
         };
-        lengths.extend(spread(what, prepared.prompts.iter().map(|of| of[index].len()).collect()));
+        let of_index = prepared.prompts.iter().skip(index).step_by(draws);
+        lengths.extend(spread(what, of_index.map(|ids| ids.len()).collect()));
     }
     let (rows, counts) =
         seed_pairs(&prepared.text, &prepared.seeds, prepared.lengths, &prepared.held_out)?;

@@ -35,6 +35,25 @@ impl Limits {
     }
 }
 
+/// Lets this process have as many files open as the system allows it, and says so where
+/// they do not suffice for so many workers: a connection is one of them.
+pub(super) fn raise_open_files(workers: u32) {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    let raised = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+    let needed = u64::from(workers) + OTHER_FILES;
+    if raised.is_err() || maximum.is_some_and(|maximum| maximum < needed) {
+        tracing::warn!(
+            needed,
+            ?maximum,
+            "there may be too few open files for all workers; raise `ulimit -Hn`"
+        );
+    }
+}
+
+/// Files of the run, and strangers' connections.
+const OTHER_FILES: u64 = 128;
+
 /// Addresses that are remembered at once.
 const REMEMBERED: usize = 4096;
 

@@ -17,7 +17,7 @@ use tracing::warn;
 
 use super::accept::accept;
 use super::connection::Caller;
-use super::limits::Limits;
+use super::limits::{Limits, raise_open_files};
 use super::opening::{Opening, WayIn};
 use super::refusal::{Refusal, RefusalLog};
 use super::wire::{Incoming, Outgoing, incoming};
@@ -125,6 +125,7 @@ impl Server {
         events: mpsc::UnboundedSender<WorkerEvent>,
     ) -> Self {
         let Opening { listener, token, tls, way, .. } = opening;
+        raise_open_files(workers);
         let refusals = RefusalLog::default();
         let connections = accept(listener, tls, Limits::of(workers), refusals.clone());
         let service = coordinator_server::CoordinatorServer::new(Service {

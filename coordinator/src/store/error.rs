@@ -24,6 +24,9 @@ pub enum StoreError {
         /// What the system said.
         cause: io::Error,
     },
+    /// An earlier write to the journal failed, and was told.
+    #[error("the journal is closed: an earlier write to it failed")]
+    JournalClosed,
     /// A new run was to start in a directory that has one.
     #[error(
         "{} holds a run already; continue it with --resume or choose another --run-dir",

@@ -43,6 +43,6 @@ pub mod secrets;
 pub mod verify;
 
 pub use error::StoreError;
-pub use journal::{Commit, CommittedPhase, Journal, RunMeta, StepRecord};
+pub use journal::{Commit, CommittedPhase, Entry, Journal, JournalWriter, RunMeta, StepRecord};
 pub use manifest::{FileEntry, Manifest, Subject, VerifyError};
 pub use run_dir::RunDir;

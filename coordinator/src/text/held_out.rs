@@ -103,10 +103,10 @@ impl HeldOutSet {
 pub fn hold_out(sets: &[&[PromptKey]], held_out: HeldOut, seed: u64) -> HeldOutSet {
     let mut chosen = BTreeSet::new();
     for set in sets {
-        let distinct: BTreeSet<PromptKey> = set.iter().copied().collect();
-        let count = held_out.count(distinct.len());
-        let mut ordered: Vec<_> = distinct.into_iter().map(|key| (key.order(seed), key)).collect();
+        let mut ordered: Vec<_> = set.iter().map(|key| (key.order(seed), *key)).collect();
         ordered.sort_unstable();
+        ordered.dedup();
+        let count = held_out.count(ordered.len());
         chosen.extend(ordered.into_iter().take(count).map(|(_, key)| key));
     }
     HeldOutSet(chosen)

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Result;
@@ -95,7 +95,7 @@ pub(crate) fn run_ours(job: &SampleJob) -> Result<SampleRun> {
     Ok(SampleRun {
         seconds,
         lengths: sampled.samples.iter().map(|sample| sample.tokens.len()).collect(),
-        peak_bytes: peak_bytes()?,
+        peak_bytes: peak_bytes(Path::new("/proc/self"))?,
         work: Some(json!({
             "steps": work.steps,
             "prefilled": work.prefilled,

@@ -17,7 +17,7 @@ use crate::server::{Outgoing, PairBatch};
 use crate::store::metrics::{self, MetricsLog, MetricsRow};
 use crate::store::pairs::write_pairs;
 use crate::store::publish::{begin_staging, staging};
-use crate::store::{Commit, CommittedPhase, Journal, RunDir, StepRecord};
+use crate::store::{Commit, CommittedPhase, Entry, Journal, RunDir, StepRecord};
 
 impl Driver {
     /// Carries out one effect; gives back what the machine is to hear of it at once.
@@ -45,12 +45,11 @@ impl Driver {
             Effect::Rewind => Ok(()),
             Effect::SetAside(k, shard, why) => self.set_aside(k, shard, &why),
             Effect::RecordShard(k, shard, samples) => {
-                self.session.journal.record_shard(k, shard, &samples).context("record a shard")?;
-                Ok(())
+                let entry = Entry::Shard(k, shard, samples);
+                self.session.journal.record(entry).context("record a shard")
             }
             Effect::RecordReferences(k, logps) => {
-                self.session.journal.record_reference(k, &logps)?;
-                Ok(())
+                Ok(self.session.journal.record(Entry::References(k, logps))?)
             }
             Effect::RecordStep { iteration, epoch, step, pairs, metrics, reduction } => {
                 self.record_step(iteration, epoch, step, pairs, &metrics, reduction)
@@ -72,7 +71,8 @@ impl Driver {
                 let subject = publish::subject(&self.session, id.iteration());
                 publish::keep_snapshot(&self.snapshot(id), &files, subject)?;
                 if let SnapshotId::After(k, step) = id {
-                    publish::seal_step(&self.session.run, &mut self.session.journal, k, step)?;
+                    let journal = self.session.journal.journal()?;
+                    publish::seal_step(&self.session.run, journal, k, step)?;
                     self.session.run.prune_step_snapshots(k, Some(step))?;
                     fault::at("snapshot");
                 }
@@ -174,9 +174,9 @@ impl Driver {
         let prompts = self.shards.get(&shard).map_or(0, |shard| shard.prompts.len());
         warn!(iteration = k.0, %shard, prompts, why, "a shard is left out");
         let kind = format!("shard {shard} of iteration {k}, left out");
-        self.session.journal.record_counts(&kind, &json!({ "prompts": prompts, "why": why }))?;
-        self.session.journal.record_shard(k, shard, &[]).context("record a shard")?;
-        Ok(())
+        let counts = Entry::Counts(kind, json!({ "prompts": prompts, "why": why }));
+        self.session.journal.record(counts)?;
+        self.session.journal.record(Entry::Shard(k, shard, Vec::new())).context("record a shard")
     }
 
     /// Where weights lie.
@@ -211,11 +211,12 @@ impl Driver {
         detail: serde_json::Value,
     ) -> Result<()> {
         if let (CommittedPhase::Trained, Some(epoch)) = (phase, epoch) {
-            publish::seal(&self.session.run, &mut self.session.journal, iteration, epoch)?;
+            let journal = self.session.journal.journal()?;
+            publish::seal(&self.session.run, journal, iteration, epoch)?;
         }
         let commit = Commit { iteration, phase, epoch, at: unix_seconds(), detail };
         self.view.ended();
-        commit_to(&mut self.session.journal, &commit)?;
+        commit_to(self.session.journal.journal()?, &commit)?;
         match phase {
             CommittedPhase::Trained => {
                 self.metrics = None;
@@ -223,7 +224,7 @@ impl Driver {
             }
             CommittedPhase::Evaluated => {
                 self.view.evaluated(iteration, &commit.detail);
-                renew_metrics(&self.session.journal, &self.session.run)?;
+                renew_metrics(self.session.journal.journal()?, &self.session.run)?;
             }
             CommittedPhase::Published => {
                 self.session.run.prune_snapshots(iteration)?;
@@ -254,10 +255,10 @@ impl Driver {
         record["reduce_seconds"] = json!(reduction.busy);
         record["exposed_seconds"] = json!(reduction.exposed);
         if self.metrics.is_none() {
-            let rows = metrics::rows(&self.session.journal, k)?;
+            let rows = metrics::rows(self.session.journal.journal()?, k)?;
             self.metrics = Some(MetricsLog::begin(&self.session.run.metrics(k), &rows)?);
         }
-        self.session.journal.record_step(k, epoch, step, &record)?;
+        self.session.journal.journal()?.record_step(k, epoch, step, &record)?;
         self.view.stepped(k, step, pairs, &record);
         if let Some(log) = &mut self.metrics {
             log.append(&MetricsRow::step(k, &StepRecord { step, epoch, metrics: record }))?;
@@ -266,7 +267,7 @@ impl Driver {
     }
 
     fn build_pairs(&mut self, k: Iteration) -> Result<()> {
-        let samples = self.session.prepared.drawn(&self.session.journal, k)?;
+        let samples = self.session.prepared.drawn(self.session.journal.journal()?, k)?;
         let prepared = std::sync::Arc::clone(&self.session.prepared);
         self.session.run.make_iteration(k)?;
         let path = self.session.run.pairs(k);

@@ -1,12 +1,13 @@
 //! Workers as processes and streams: who is let in, who is listened to, who is
 //! started again.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use serde_json::json;
 use tracing::{info, warn};
 
 use super::{Driver, Event, Rank, WorkerEvent, WorkerExit, resume, unix_seconds};
 use crate::server::{AttachPlan, Link, LinkId, Origin, Outgoing};
+use crate::store::Entry;
 
 /// A worker that is attached.
 #[derive(Debug)]
@@ -85,8 +86,16 @@ impl Driver {
         Ok(())
     }
 
-    fn next_generation(&mut self) -> Result<u64> {
-        self.generation = self.session.journal.next_generation()?;
+    pub(super) fn next_generation(&mut self) -> Result<u64> {
+        self.generation = match self.generations.next() {
+            Some(next) => next,
+            None => {
+                // Many at once: a worker that attaches is not to wait for the disk.
+                let more = self.session.workers;
+                self.generations = self.session.journal.journal()?.next_generations(more)?;
+                self.generations.next().context("generations are used up")?
+            }
+        };
         Ok(self.generation)
     }
 
@@ -143,7 +152,7 @@ impl Driver {
         self.losses += 1;
         let kind = format!("loss {} of start {}", self.losses, self.generation);
         let loss = json!({ "rank": rank, "why": why, "at": unix_seconds() });
-        self.session.journal.record_counts(&kind, &loss)?;
+        self.session.journal.record(Entry::Counts(kind, loss))?;
         Ok(())
     }
 
@@ -168,10 +177,10 @@ impl Driver {
         let Self { session, machine, .. } = self;
         let extent = machine.extent();
         let (resume, rows) =
-            resume::resume(&session.run, &mut session.journal, extent, session.workers)?;
+            resume::resume(&session.run, session.journal.journal()?, extent, session.workers)?;
         info!(position = ?resume.position, after = ?resume.after, "go back to what is on disk");
         self.pairs = super::by_id(rows);
-        super::carry::renew_metrics(&self.session.journal, &self.session.run)?;
+        super::carry::renew_metrics(self.session.journal.journal()?, &self.session.run)?;
         Ok(Event::Rewound(Box::new(resume)))
     }
 

@@ -10,6 +10,7 @@ mod fault;
 mod members;
 mod pairs;
 mod prepare;
+mod prompts;
 mod publish;
 mod resume;
 mod salvage;
@@ -18,6 +19,7 @@ mod view;
 mod watch;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -32,6 +34,7 @@ pub use self::corpora::{Corpora, Reading};
 use self::members::Peer;
 pub use self::prepare::{Prepared, prepare};
 pub(crate) use self::prepare::{text_model, tokenise};
+pub use self::prompts::Prompts;
 pub use self::salvage::salvage;
 pub use self::summary::summarise;
 use self::view::View;
@@ -42,11 +45,11 @@ use super::plan::{CostModel, Shard, plan_shards};
 use crate::config::{Settings, StartWorkers};
 use crate::domain::{Iteration, PairId, PairRow, ShardId, TokenPair};
 use crate::server::{
-    Allocation, LaunchPlan, Launcher, Opening, Server, WorkerEvent, WorkerExit, find_worker,
-    threads_per_worker,
+    Allocation, LaunchPlan, Launcher, Opening, Outgoing, Server, WorkerEvent, WorkerExit,
+    find_worker, threads_per_worker,
 };
 use crate::store::metrics::MetricsLog;
-use crate::store::{Commit, CommittedPhase, FileEntry, Journal, RunDir, names};
+use crate::store::{Commit, CommittedPhase, FileEntry, JournalWriter, RunDir, names};
 use crate::text::PairCounts;
 use crate::ui::Progress;
 
@@ -62,7 +65,7 @@ pub struct Session {
     /// The directory, locked.
     pub run: RunDir,
     /// Its journal.
-    pub journal: Journal,
+    pub journal: JournalWriter,
     /// Name of the run, in manifests.
     pub run_id: String,
     /// Worker processes now; the settings name those that the run began with.
@@ -101,10 +104,13 @@ struct Driver {
     place: (String, Vec<u8>),
     machine: Machine,
     began: Instant,
+    ticks: u64,
     launcher: Launcher,
     peers: BTreeMap<Rank, Peer>,
     /// The last one given out: to a worker that attached, or to those that were called.
     generation: u64,
+    /// Those to be given out next: the journal was told of them.
+    generations: Range<u64>,
     losses: u64,
     shards: BTreeMap<ShardId, Shard>,
     /// Token ids of the iteration in hand.
@@ -180,19 +186,27 @@ pub async fn drive(session: Session, mut stop: mpsc::Receiver<Stop>) -> Result<(
                 }
             },
             _ = tick.tick() => {
-                for peer in driver.peers.values() {
-                    peer.link.send(crate::server::Outgoing::Heartbeat);
+                // Whoever was heard while the loop was at something is not silent.
+                for _ in 0..from_workers.len() {
+                    if let Ok(event) = from_workers.try_recv() {
+                        driver.worker_event(event);
+                    }
                 }
-                driver.feed(Event::Tick);
+                driver.tick();
             }
         }
-        driver.session.watch.turned(driver.machine.commands());
     }
     driver.view.close();
     // Links must close before the workers are waited for.
     driver.peers.clear();
     driver.launcher.reap(LEAVE_GRACE).await;
-    let outcome = driver.outcome.take().unwrap_or(Outcome::Stopped);
+    let mut outcome = driver.outcome.take().unwrap_or(Outcome::Stopped);
+    // What workers told is on disk, whatever ended the run.
+    if let Err(error) = driver.session.journal.journal()
+        && !matches!(outcome, Outcome::Failed(_))
+    {
+        outcome = Outcome::Failed(error.to_string());
+    }
     Ok((driver.session, outcome))
 }
 
@@ -208,13 +222,13 @@ impl Start {
     fn of(mut session: Session, shape: RunShape) -> Result<Self> {
         let workers = session.workers;
         let (resume, rows) =
-            resume::resume(&session.run, &mut session.journal, shape.extent, workers)?;
+            resume::resume(&session.run, session.journal.journal()?, shape.extent, workers)?;
         Ok(Self { session, shape, resume, pairs: by_id(rows) })
     }
 
     /// Everything is published: commits so, if the run died just before it did.
     fn finish(mut self) -> Result<Session> {
-        let journal = &mut self.session.journal;
+        let journal = self.session.journal.journal()?;
         carry::renew_metrics(journal, &self.session.run)?;
         let commits = journal.commits()?;
         if let Some(last) = commits.last().filter(|last| last.phase != CommittedPhase::Finished) {
@@ -238,18 +252,21 @@ impl Driver {
             .into_iter()
             .map(|shard| (shard.id, shard))
             .collect();
-        carry::renew_metrics(&session.journal, &session.run)?;
+        carry::renew_metrics(session.journal.journal()?, &session.run)?;
         let root = std::path::absolute(session.run.root()).context("find the run directory")?;
         let config = session.run.config_path();
         let config =
             std::fs::read(&config).with_context(|| format!("read {}", config.display()))?;
         Ok(Self {
             place: (carry::utf8(&root)?, Sha256::digest(&config).to_vec()),
-            generation: session.journal.next_generation()?,
+            generation: 0,
+            // One for this start, and one for each worker that attaches.
+            generations: session.journal.journal()?.next_generations(1 + session.workers)?,
             view: View::new(session.progress.clone(), session.settings.run.log_steps),
             machine: Machine::new(Duration::ZERO, shape, resume),
             session,
             began: Instant::now(),
+            ticks: 0,
             launcher,
             peers: BTreeMap::new(),
             losses: 0,
@@ -265,12 +282,28 @@ impl Driver {
     /// Keeps with how many workers the run goes on this time, and on how many
     /// threads: both decide its bytes.
     fn record_start(&mut self, threads: usize) -> Result<()> {
-        let kind = format!("start {}", self.generation);
+        let generation = self.next_generation()?;
+        let kind = format!("start {generation}");
         let start = serde_json::json!({
             "workers": self.session.workers, "threads": threads, "at": unix_seconds()
         });
-        self.session.journal.record_counts(&kind, &start)?;
+        self.session.journal.journal()?.record_counts(&kind, &start)?;
         Ok(())
+    }
+
+    /// Looks at deadlines, and lets a part of the workers know that their coordinator
+    /// lives: each hears so once in a heartbeat, and they are spread over it.
+    fn tick(&mut self) {
+        self.ticks += 1;
+        let heartbeat = self.session.settings.launch.heartbeat;
+        let parts = (heartbeat / TICK.as_secs_f64()).floor().max(1.0) as u64;
+        for (rank, peer) in &self.peers {
+            if u64::from(rank.0) % parts == self.ticks % parts {
+                peer.link.send(Outgoing::Heartbeat);
+            }
+        }
+        self.feed(Event::Tick);
+        self.session.watch.turned(self.machine.commands());
     }
 
     fn now(&self) -> Duration {
@@ -301,11 +334,11 @@ impl Driver {
                 let sets: PairSets = resume::sizes(&rows);
                 self.pairs = by_id(rows);
                 let kind = format!("pairs of iteration {k}");
-                let journal = &mut self.session.journal;
-                match journal
-                    .record_counts(&kind, &serde_json::json!(counts))
-                    .and_then(|()| journal.record_file(&names::pairs(k), &file))
-                {
+                let recorded = self.session.journal.journal().and_then(|journal| {
+                    journal.record_counts(&kind, &serde_json::json!(counts))?;
+                    journal.record_file(&names::pairs(k), &file)
+                });
+                match recorded {
                     Ok(()) => Event::PairsBuilt(sets),
                     Err(error) => Event::EffectFailed(error.to_string()),
                 }

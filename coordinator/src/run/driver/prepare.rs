@@ -8,6 +8,7 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::corpora::{Corpora, Reading};
+use super::prompts::Prompts;
 use crate::config::{Method, Settings};
 use crate::corpus::Counts;
 use crate::domain::{PromptId, SeedPair};
@@ -25,8 +26,8 @@ pub struct Prepared {
     pub cases: Vec<Case>,
     /// Seed pairs of the warm start.
     pub seeds: Vec<SeedPair>,
-    /// Sampling prompts by [`PromptId`], and by the index of the sample drawn from each.
-    pub prompts: Vec<Vec<Vec<u32>>>,
+    /// What samples are drawn from.
+    pub prompts: Prompts,
     /// Prompts that never train.
     pub held_out: HeldOutSet,
     /// Bounds on token ids.
@@ -43,10 +44,12 @@ impl Prepared {
     /// Prompts with their lengths, for planning: the mean where several samples are drawn
     /// for one, each from a prompt of its own.
     pub fn prompt_lengths(&self) -> Vec<(PromptId, usize)> {
-        let mean = |prompts: &Vec<Vec<u32>>| {
-            prompts.iter().map(Vec::len).sum::<usize>() / prompts.len().max(1)
+        let samples = self.prompts.samples();
+        let mean = |id| {
+            let lengths = (0..samples).map(|sample| self.prompts.of(id, sample).len());
+            (id, lengths.sum::<usize>() / samples.max(1))
         };
-        (0..).map(PromptId).zip(self.prompts.iter().map(mean)).collect()
+        (0..self.prompts.cases() as u64).map(PromptId).map(mean).collect()
     }
 
     /// What the samples of one case are drawn from, with their indices.
@@ -54,8 +57,7 @@ impl Prepared {
         &self,
         id: PromptId,
     ) -> impl Iterator<Item = (PromptId, u32, Vec<u32>)> + '_ {
-        let prompts = &self.prompts[id.0 as usize];
-        (0..).zip(prompts).map(move |(index, tokens)| (id, index, tokens.clone()))
+        (0..self.prompts.samples()).map(move |index| (id, index as u32, self.prompts.of(id, index)))
     }
 
     /// SHA-256 over everything that later phases compute from. A run continues
@@ -66,7 +68,7 @@ impl Prepared {
             hash.update((bytes.len() as u64).to_le_bytes());
             hash.update(bytes);
         };
-        for ids in self.prompts.iter().flatten() {
+        for ids in self.prompts.iter() {
             let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
             add(&bytes);
         }
@@ -110,15 +112,11 @@ pub(crate) fn text_model(settings: &Settings, model_dir: &Path) -> Result<TextMo
 /// Makes the sampling prompts of all cases.
 pub(crate) fn tokenise(settings: &Settings, text: TextModel, corpora: Corpora) -> Result<Prepared> {
     let kinds = method::of(settings.method).prompts(settings.sampling.guidance);
-    let prompt = |case: &Case, kind| -> Result<Vec<u32>> {
-        let messages = case.messages(kind, &settings.text.instruction);
+    let prompt = |case: &Case, sample: usize| -> Result<Vec<u32>> {
+        let messages = case.messages(kinds[sample], &settings.text.instruction);
         Ok(text.prompt(&messages, settings.sampling.max_prompt_tokens)?)
     };
-    let prompts = corpora
-        .cases
-        .iter()
-        .map(|case| kinds.iter().map(|&kind| prompt(case, kind)).collect())
-        .collect::<Result<_>>()?;
+    let prompts = Prompts::make(&corpora.cases, kinds.len(), prompt)?;
     Ok(Prepared {
         text,
         method: settings.method,

@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::Session;
 use crate::domain::Iteration;
 use crate::run::health::{self, Signs};
-use crate::store::{Commit, CommittedPhase, StepRecord};
+use crate::store::{Commit, CommittedPhase, Journal, StepRecord};
 use crate::ui::RunSummary;
 use crate::ui::summary::{HeldOut, IterationSummary, StartEnd};
 
@@ -16,8 +16,9 @@ use crate::ui::summary::{HeldOut, IterationSummary, StartEnd};
 ///
 /// # Errors
 /// A journal that cannot be read, or a run without a published iteration.
-pub fn summarise(session: &Session) -> Result<RunSummary> {
-    let commits = session.journal.commits()?;
+pub fn summarise(session: &mut Session) -> Result<RunSummary> {
+    let journal = session.journal.journal()?;
+    let commits = journal.commits()?;
     let began = commits.first().map_or(0.0, |commit| commit.at);
     let ended = commits.last().map_or(began, |commit| commit.at);
     let published: Vec<Iteration> = commits
@@ -27,7 +28,7 @@ pub fn summarise(session: &Session) -> Result<RunSummary> {
         .collect();
     let last = *published.last().context("no iteration was published")?;
     let iterations =
-        published.iter().map(|&k| iteration(session, &commits, k)).collect::<Result<Vec<_>>>()?;
+        published.iter().map(|&k| iteration(journal, &commits, k)).collect::<Result<Vec<_>>>()?;
     let settings = &session.settings;
     Ok(RunSummary {
         run_id: session.run_id.clone(),
@@ -42,9 +43,9 @@ pub fn summarise(session: &Session) -> Result<RunSummary> {
     })
 }
 
-fn iteration(session: &Session, commits: &[Commit], k: Iteration) -> Result<IterationSummary> {
+fn iteration(journal: &Journal, commits: &[Commit], k: Iteration) -> Result<IterationSummary> {
     let seconds = seconds_by_phase(commits, k);
-    let steps = session.journal.steps(k)?;
+    let steps = journal.steps(k)?;
     let find = |phase| commits.iter().rfind(|c| c.iteration == k && c.phase == phase);
     let count = |name: &str| {
         find(CommittedPhase::Paired).and_then(|c| c.detail.get(name)?.as_u64()).unwrap_or(0)
@@ -58,8 +59,7 @@ fn iteration(session: &Session, commits: &[Commit], k: Iteration) -> Result<Iter
             margin: value("eval_rewards/margins")?,
         })
     });
-    let sampled_tokens =
-        session.journal.samples(k)?.iter().map(|sample| sample.tokens.len() as u64).sum();
+    let sampled_tokens = journal.samples(k)?.iter().map(|sample| sample.tokens.len() as u64).sum();
     let per_second = |amount: u64, phase: &str| {
         seconds.get(phase).filter(|&&s| amount > 0 && s > 0.0).map(|s| amount as f64 / s)
     };

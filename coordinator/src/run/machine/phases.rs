@@ -1,6 +1,6 @@
 //! How each phase begins and ends.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::json;
 
@@ -15,7 +15,7 @@ use crate::store::CommittedPhase;
 impl Machine {
     pub(super) fn begin_sampling(&mut self, k: Iteration, effects: &mut Vec<Effect>) {
         let shards = plan::plan_shards(&self.shape.prompts, self.shape.sharding);
-        let done = std::mem::take(&mut self.resume.shards_done);
+        let done: BTreeSet<_> = std::mem::take(&mut self.resume.shards_done).into_iter().collect();
         self.tries.clear();
         let is_done = |shard: &plan::Shard| done.contains(&shard.id);
         let finished: usize = shards.iter().filter(|s| is_done(s)).map(|s| s.prompts.len()).sum();
@@ -141,7 +141,7 @@ impl Machine {
         self.tokens += ranks.values().map(|part| part.tokens).sum::<u64>();
         let grad_norm = ranks.values().next().map_or(0.0, |part| part.grad_norm);
         let reduction = ReductionSeconds::mean(ranks.values());
-        let size = |id| self.pairs.train.iter().find(|size| size.id == id).copied();
+        let size = |id| self.pairs.of_training(id);
         let pairs: Vec<_> = ranks
             .into_values()
             .flat_map(|part| part.pairs)
@@ -150,7 +150,7 @@ impl Machine {
                 Some(StepPair { outcome, size: size(outcome.id)?, reference })
             })
             .collect();
-        let asked = steps.iter().find(|plan| plan.step == step).map_or(0, |plan| plan.global_pairs);
+        let asked = steps.get(done as usize - 1).map_or(0, |plan| plan.global_pairs);
         if pairs.len() != asked as usize {
             let told = pairs.len();
             let why = format!("step {step}: workers told of {told} pairs, and {asked} were asked");

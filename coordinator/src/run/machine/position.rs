@@ -10,10 +10,18 @@ use crate::store::{Commit, CommittedPhase};
 /// Pairs of the iteration in hand.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct PairSets {
-    /// Trained on.
+    /// Trained on, by rising id.
     pub train: Vec<PairSize>,
     /// Held out for evaluation.
     pub held_out: Vec<PairSize>,
+}
+
+impl PairSets {
+    /// A pair that is trained on.
+    pub(super) fn of_training(&self, id: PairId) -> Option<PairSize> {
+        let at = self.train.binary_search_by_key(&id, |size| size.id).ok()?;
+        Some(self.train[at])
+    }
 }
 
 /// What a run that starts or resumes knows already.

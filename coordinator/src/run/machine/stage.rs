@@ -1,6 +1,6 @@
 //! Commands handed out, and answers awaited.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 use super::Effect;
 use super::members::Members;
@@ -19,6 +19,9 @@ pub(super) struct Stage {
     /// Oldest first.
     asked: Vec<VecDeque<Asked>>,
     depth: usize,
+    /// Ranks that hold fewer, so that an answer costs as much among thousands of
+    /// workers as among a few.
+    room: BTreeSet<Rank>,
     /// Commands were taken back for good: when the rest is answered, the phase is not
     /// over.
     is_cut: bool,
@@ -48,13 +51,8 @@ const BOUND_DEPTH: usize = 2;
 impl Stage {
     /// Each rank's own list.
     pub(super) fn bound(commands: Vec<Vec<Command>>) -> Self {
-        Self {
-            asked: vec![VecDeque::new(); commands.len()],
-            bound: commands.into_iter().map(VecDeque::from).collect(),
-            shared: VecDeque::new(),
-            depth: BOUND_DEPTH,
-            is_cut: false,
-        }
+        let bound = commands.into_iter().map(VecDeque::from).collect();
+        Self::new(bound, VecDeque::new(), BOUND_DEPTH)
     }
 
     /// One command to rank 0 alone.
@@ -66,13 +64,13 @@ impl Stage {
 
     /// Commands for whichever worker is free, in this order, one each at a time.
     pub(super) fn shared(world_size: usize, commands: Vec<Command>) -> Self {
-        Self {
-            bound: vec![VecDeque::new(); world_size],
-            shared: commands.into(),
-            asked: vec![VecDeque::new(); world_size],
-            depth: 1,
-            is_cut: false,
-        }
+        Self::new(vec![VecDeque::new(); world_size], commands.into(), 1)
+    }
+
+    fn new(bound: Vec<VecDeque<Command>>, shared: VecDeque<Command>, depth: usize) -> Self {
+        let room = (0..bound.len() as u32).map(Rank).collect();
+        let asked = vec![VecDeque::new(); bound.len()];
+        Self { bound, shared, asked, depth, room, is_cut: false }
     }
 
     /// Hands out what the workers that are here have room for. One that is fresh, and
@@ -83,10 +81,9 @@ impl Stage {
         welcome: &dyn Fn(&Self, Rank) -> Command,
         effects: &mut Vec<Effect>,
     ) {
-        for rank in members.ranks() {
-            if !members.is_here(rank) {
-                continue;
-            }
+        let room: Vec<_> =
+            self.room.iter().copied().filter(|&rank| members.is_here(rank)).collect();
+        for rank in room {
             let has_work = !self.bound[rank.index()].is_empty() || !self.shared.is_empty();
             if has_work && members.take_fresh(rank) {
                 let command = welcome(self, rank);
@@ -106,7 +103,11 @@ impl Stage {
     }
 
     fn hand_out(&mut self, rank: Rank, command: Command, owner: Owner, effects: &mut Vec<Effect>) {
-        self.asked[rank.index()].push_back(Asked { command: command.clone(), owner });
+        let asked = &mut self.asked[rank.index()];
+        asked.push_back(Asked { command: command.clone(), owner });
+        if asked.len() >= self.depth {
+            self.room.remove(&rank);
+        }
         effects.push(Effect::Send(rank, command));
     }
 
@@ -121,13 +122,19 @@ impl Stage {
 
     /// Takes a rank's final answer; false if nothing was asked of it.
     pub(super) fn answered(&mut self, rank: Rank) -> bool {
-        self.asked.get_mut(rank.index()).is_some_and(|asked| asked.pop_front().is_some())
+        let Some(asked) = self.asked.get_mut(rank.index()) else { return false };
+        let was_asked = asked.pop_front().is_some();
+        if asked.len() < self.depth {
+            self.room.insert(rank);
+        }
+        was_asked
     }
 
     /// A rank's worker is lost: what it was asked is to be done again, before
     /// anything else. Returns the shards that it held.
     pub(super) fn lost(&mut self, rank: Rank) -> Vec<ShardId> {
         let mut held = Vec::new();
+        self.room.insert(rank);
         for Asked { command, owner } in
             std::mem::take(&mut self.asked[rank.index()]).into_iter().rev()
         {

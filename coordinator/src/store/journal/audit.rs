@@ -275,7 +275,7 @@ mod tests {
         journal.record_counts("start 3", &json!({})).unwrap();
         journal.record_counts("inputs", &json!("fingerprint")).unwrap();
         for _ in 0..3 {
-            journal.next_generation().unwrap();
+            journal.next_generations(1).unwrap();
         }
         journal.commit(&commit(0, CommittedPhase::Prepared, None)).unwrap();
         journal.commit(&commit(1, CommittedPhase::Sampled, None)).unwrap();

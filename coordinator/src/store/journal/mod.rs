@@ -20,8 +20,10 @@ mod log;
 mod samples;
 mod schema;
 mod training;
+mod writer;
 
 use std::fmt;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use rusqlite::{Connection, params};
@@ -39,6 +41,7 @@ pub use self::discard::Discard;
 pub use self::files::{manifest_behind, manifest_of};
 pub use self::log::torn_at;
 pub use self::training::StepRecord;
+pub use self::writer::{Entry, JournalWriter};
 
 /// What a run is: fixed when it begins.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -178,16 +181,20 @@ impl Journal {
         Ok(meta)
     }
 
-    /// A number larger than any that this journal gave before, durably so.
+    /// `count` numbers, one after the other, larger than any that this journal gave
+    /// before, durably so. Those that are not used are left out.
     ///
     /// # Errors
     /// The operation that failed.
-    pub fn next_generation(&mut self) -> Result<u64, StoreError> {
-        self.connection
-            .query_row("UPDATE generation SET value = value + 1 RETURNING value", [], |row| {
-                row.get::<_, i64>(0).map(i64::cast_unsigned)
+    pub fn next_generations(&mut self, count: u32) -> Result<Range<u64>, StoreError> {
+        let last: i64 = self
+            .connection
+            .query_row("UPDATE generation SET value = value + ?1 RETURNING value", [count], |row| {
+                row.get(0)
             })
-            .map_err(self.failed("raise the generation"))
+            .map_err(self.failed("raise the generation"))?;
+        let end = last.cast_unsigned() + 1;
+        Ok(end - u64::from(count)..end)
     }
 
     /// Records that a phase is done. Durable when this returns.
@@ -270,14 +277,7 @@ impl Journal {
         kind: &str,
         json: &serde_json::Value,
     ) -> Result<(), StoreError> {
-        let text = json.to_string();
-        self.connection
-            .execute(
-                "INSERT OR REPLACE INTO counts (kind, json, sha256) VALUES (?1, ?2, ?3)",
-                params![kind, text, counts_sum(kind, &text)],
-            )
-            .map_err(self.failed("record counts"))?;
-        Ok(())
+        put_counts(&self.connection, kind, json).map_err(self.failed("record counts"))
     }
 
     /// What was recorded, by kind.
@@ -302,6 +302,17 @@ impl Journal {
             })
             .collect()
     }
+}
+
+fn put_counts(
+    connection: &Connection,
+    kind: &str,
+    json: &serde_json::Value,
+) -> rusqlite::Result<()> {
+    let text = json.to_string();
+    let mut insert = connection
+        .prepare_cached("INSERT OR REPLACE INTO counts (kind, json, sha256) VALUES (?1, ?2, ?3)")?;
+    insert.execute(params![kind, text, counts_sum(kind, &text)]).map(drop)
 }
 
 fn commit_sum(commit: &Commit, detail: &str) -> [u8; 32] {

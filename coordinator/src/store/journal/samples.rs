@@ -1,10 +1,11 @@
 //! Samples of the policy: recorded a shard at a time, once.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
-use rusqlite::{OptionalExtension, params};
+use rusqlite::{OptionalExtension, Transaction, params};
 
-use super::checked::{RowSum, integer};
+use super::checked::{RowSum, failed, integer};
 use super::{Journal, StoreError};
 use crate::domain::{FinishReason, Iteration, PromptId, Sample, ShardId};
 
@@ -63,65 +64,12 @@ impl Journal {
         shard: ShardId,
         samples: &[Sample],
     ) -> Result<bool, StoreError> {
-        const DOING: &str = "record a shard's samples";
-        let failed = self.failed(DOING);
-        let id = integer("shard", shard.0)?;
-        let mut rows = samples
-            .iter()
-            .map(|s| {
-                let prompt = integer("prompt", s.prompt.0)?;
-                Ok((prompt, s.index, to_blob(&s.tokens), finish_str(s.finish)))
-            })
-            .collect::<Result<Vec<_>, StoreError>>()?;
-        rows.sort_by_key(|(prompt, index, ..)| (*prompt, *index));
-        let sum = rows
-            .iter()
-            .fold(ShardSum::new(iteration, id), |sum, row| sum.add(row.0, row.1, &row.2, row.3));
-        let sum = sum.sum.finish();
-
-        let transaction = self.connection.transaction().map_err(&failed)?;
-        let recorded: Option<Vec<u8>> = transaction
-            .query_row(
-                "SELECT sha256 FROM shards WHERE iteration = ?1 AND shard = ?2",
-                params![iteration.0, id],
-                |row| row.get(0),
-            )
-            .optional()
-            .map_err(&failed)?;
-        if let Some(recorded) = recorded {
-            if recorded != sum {
-                tracing::warn!(%iteration, %shard, "a shard ran twice with different samples; the first ones stay");
-            }
-            return Ok(false);
-        }
-        transaction
-            .execute(
-                "INSERT INTO shards VALUES (?1, ?2, ?3, ?4)",
-                params![iteration.0, id, rows.len() as i64, sum],
-            )
-            .map_err(&failed)?;
-        {
-            let mut insert = transaction
-                .prepare_cached(
-                    "INSERT INTO samples VALUES (?1, ?2, ?3, ?4, ?5, ?6) ON CONFLICT DO NOTHING",
-                )
-                .map_err(&failed)?;
-            for (prompt, index, tokens, finish) in &rows {
-                let added = insert
-                    .execute(params![iteration.0, prompt, index, id, tokens, finish])
-                    .map_err(&failed)?;
-                if added == 0 {
-                    // Dropping the transaction takes back the rows before this one.
-                    tracing::warn!(
-                        %iteration, %shard, prompt, index,
-                        "a sample is recorded already, by another shard; this shard adds nothing"
-                    );
-                    return Ok(false);
-                }
-            }
-        }
+        let failed = self.failed(RECORD);
+        let path = self.path.clone();
+        let mut transaction = self.connection.transaction().map_err(&failed)?;
+        let is_new = put_shard(&mut transaction, &path, iteration, shard, samples)?;
         transaction.commit().map_err(&failed)?;
-        Ok(true)
+        Ok(is_new)
     }
 
     /// All samples of an iteration, by (prompt, index).
@@ -187,4 +135,69 @@ impl Journal {
             |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
         )
     }
+}
+
+const RECORD: &str = "record a shard's samples";
+
+/// As [`Journal::record_shard`], as a part of a transaction.
+pub(super) fn put_shard(
+    transaction: &mut Transaction<'_>,
+    path: &Path,
+    iteration: Iteration,
+    shard: ShardId,
+    samples: &[Sample],
+) -> Result<bool, StoreError> {
+    let failed = failed(path, RECORD);
+    let id = integer("shard", shard.0)?;
+    let mut rows = samples
+        .iter()
+        .map(|s| {
+            let prompt = integer("prompt", s.prompt.0)?;
+            Ok((prompt, s.index, to_blob(&s.tokens), finish_str(s.finish)))
+        })
+        .collect::<Result<Vec<_>, StoreError>>()?;
+    rows.sort_by_key(|(prompt, index, ..)| (*prompt, *index));
+    let sum = rows
+        .iter()
+        .fold(ShardSum::new(iteration, id), |sum, row| sum.add(row.0, row.1, &row.2, row.3));
+    let sum = sum.sum.finish();
+
+    // Dropped, it takes back what was added since.
+    let part = transaction.savepoint().map_err(&failed)?;
+    let recorded: Option<Vec<u8>> = part
+        .prepare_cached("SELECT sha256 FROM shards WHERE iteration = ?1 AND shard = ?2")
+        .and_then(|mut query| {
+            query.query_row(params![iteration.0, id], |row| row.get(0)).optional()
+        })
+        .map_err(&failed)?;
+    if let Some(recorded) = recorded {
+        if recorded != sum {
+            tracing::warn!(%iteration, %shard, "a shard ran twice with different samples; the first ones stay");
+        }
+        return Ok(false);
+    }
+    part.prepare_cached("INSERT INTO shards VALUES (?1, ?2, ?3, ?4)")
+        .and_then(|mut insert| insert.execute(params![iteration.0, id, rows.len() as i64, sum]))
+        .map_err(&failed)?;
+    {
+        let mut insert = part
+            .prepare_cached(
+                "INSERT INTO samples VALUES (?1, ?2, ?3, ?4, ?5, ?6) ON CONFLICT DO NOTHING",
+            )
+            .map_err(&failed)?;
+        for (prompt, index, tokens, finish) in &rows {
+            let added = insert
+                .execute(params![iteration.0, prompt, index, id, tokens, finish])
+                .map_err(&failed)?;
+            if added == 0 {
+                tracing::warn!(
+                    %iteration, %shard, prompt, index,
+                    "a sample is recorded already, by another shard; this shard adds nothing"
+                );
+                return Ok(false);
+            }
+        }
+    }
+    part.commit().map_err(&failed)?;
+    Ok(true)
 }

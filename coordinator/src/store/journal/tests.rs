@@ -50,7 +50,7 @@ pub(super) fn commit(iteration: u32, phase: CommittedPhase, epoch: Option<u32>) 
 #[test]
 fn what_was_committed_is_there_after_a_kill() {
     let (dir, mut journal) = journal();
-    assert_eq!(journal.next_generation().unwrap(), 1);
+    assert_eq!(journal.next_generations(1).unwrap(), 1..2);
     let commits = [
         commit(0, CommittedPhase::Prepared, None),
         commit(0, CommittedPhase::Trained, Some(0)),
@@ -69,9 +69,9 @@ fn what_was_committed_is_there_after_a_kill() {
     assert_eq!(read, meta());
     assert_eq!(reopened.commits().unwrap(), commits);
     assert_eq!(reopened.counts().unwrap(), [("corpus".to_owned(), json!({ "dsat": 8 }))]);
-    assert_eq!(reopened.next_generation().unwrap(), 2);
+    assert_eq!(reopened.next_generations(3).unwrap(), 2..5);
     drop(reopened);
-    assert_eq!(Journal::open(&path).unwrap().0.next_generation().unwrap(), 3);
+    assert_eq!(Journal::open(&path).unwrap().0.next_generations(1).unwrap(), 5..6);
 }
 
 #[test]

@@ -1,8 +1,10 @@
 //! Reference log-probabilities and the metrics of training steps.
 
-use rusqlite::params;
+use std::path::Path;
 
-use super::checked::{RowSum, integer};
+use rusqlite::{Transaction, params};
+
+use super::checked::{RowSum, failed, integer};
 use super::{CommittedPhase, Journal, StoreError};
 use crate::domain::{Epoch, Iteration, PairId, ReferenceLogps, Step};
 
@@ -17,6 +19,30 @@ pub struct StepRecord {
     pub metrics: serde_json::Value,
 }
 
+const RECORD_REFERENCE: &str = "record reference log-probabilities";
+
+/// As [`Journal::record_reference`], as a part of a transaction.
+pub(super) fn put_reference(
+    transaction: &Transaction<'_>,
+    path: &Path,
+    iteration: Iteration,
+    pairs: &[(PairId, ReferenceLogps)],
+) -> Result<usize, StoreError> {
+    let failed = failed(path, RECORD_REFERENCE);
+    let mut insert = transaction
+        .prepare_cached("INSERT INTO reference VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT DO NOTHING")
+        .map_err(&failed)?;
+    let mut added = 0;
+    for (pair, logps) in pairs {
+        let pair = integer("pair", pair.0)?;
+        let (chosen, rejected) = (logps.chosen.to_le_bytes(), logps.rejected.to_le_bytes());
+        let sum = reference_sum(iteration, pair, &chosen, &rejected);
+        added +=
+            insert.execute(params![iteration.0, pair, chosen, rejected, sum]).map_err(&failed)?;
+    }
+    Ok(added)
+}
+
 impl Journal {
     /// Records reference log-probabilities, all or none; a pair that has its own
     /// already keeps them. Returns how many were added.
@@ -28,24 +54,10 @@ impl Journal {
         iteration: Iteration,
         pairs: &[(PairId, ReferenceLogps)],
     ) -> Result<usize, StoreError> {
-        let failed = self.failed("record reference log-probabilities");
+        let failed = self.failed(RECORD_REFERENCE);
+        let path = self.path.clone();
         let transaction = self.connection.transaction().map_err(&failed)?;
-        let mut added = 0;
-        {
-            let mut insert = transaction
-                .prepare_cached(
-                    "INSERT INTO reference VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT DO NOTHING",
-                )
-                .map_err(&failed)?;
-            for (pair, logps) in pairs {
-                let pair = integer("pair", pair.0)?;
-                let (chosen, rejected) = (logps.chosen.to_le_bytes(), logps.rejected.to_le_bytes());
-                let sum = reference_sum(iteration, pair, &chosen, &rejected);
-                added += insert
-                    .execute(params![iteration.0, pair, chosen, rejected, sum])
-                    .map_err(&failed)?;
-            }
-        }
+        let added = put_reference(&transaction, &path, iteration, pairs)?;
         transaction.commit().map_err(&failed)?;
         Ok(added)
     }

@@ -59,7 +59,7 @@ fn a_run(root: &Path, finished: bool) -> (RunDir, Journal) {
         drift_version: "0.1.0".into(),
     };
     let mut journal = Journal::create(&run.journal_path(), &meta).unwrap();
-    journal.next_generation().unwrap();
+    journal.next_generations(1).unwrap();
     journal.record_counts("start 1", &json!({ "workers": 1 })).unwrap();
     let commit = |journal: &mut Journal, k, phase, epoch: Option<u32>, detail| {
         let epoch = epoch.map(Epoch);
