@@ -209,7 +209,7 @@ fn prompts(options: &SampleOptions, guidance: Guidance) -> Result<(Vec<Vec<u32>>
     settings.text.today = "2026-01-01".to_owned();
     let prepared = prepare(&settings, &options.model, &mut |_, _, _| {})?;
     let stop_ids = prepared.text.stop_ids().to_vec();
-    Ok((prepared.prompts.into_iter().flatten().collect(), stop_ids))
+    Ok((prepared.prompts.iter().collect(), stop_ids))
 }
 
 /// A run, in one line.
