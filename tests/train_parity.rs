@@ -67,7 +67,7 @@ fn train_and_compare(jobs: &[Job], bounds: Bounds) {
 fn every_architecture_and_loss_trains_as_in_trl() {
     let dir = tempfile::tempdir().unwrap();
     let models = trl::random_models(dir.path());
-    assert!(models.len() >= 4, "{models:?}");
+    assert!(models.len() >= 7, "{models:?}");
     let mut jobs = Vec::new();
     for model in &models {
         jobs.push(job(dir.path(), model, objective(PreferenceLoss::Sigmoid, 0.0)));
@@ -95,7 +95,8 @@ fn adamw_trains_as_in_trl() {
         learning_rate: 3e-4,
         ..job(dir.path(), model, objective(PreferenceLoss::Sigmoid, 0.0))
     };
-    train_and_compare(&models.iter().map(of).collect::<Vec<_>>(), BOUNDS);
+    // To an optimiser a weight is of no family: a few will do.
+    train_and_compare(&models.iter().step_by(3).map(of).collect::<Vec<_>>(), BOUNDS);
 }
 
 /// Each combination of what is kept, what is sharded, and how many passes a
@@ -104,9 +105,10 @@ fn adamw_trains_as_in_trl() {
 fn every_way_of_computing_trains_as_in_trl() {
     let dir = tempfile::tempdir().unwrap();
     let models = trl::random_models(dir.path());
-    let job = job(dir.path(), &models[1], objective(PreferenceLoss::Sigmoid, 0.5));
-    let two_devices = Job { batch: BATCH / 2, devices: 2, ..job.clone() };
-    let jobs = [job, two_devices];
+    let of = |model: &str| job(dir.path(), model, objective(PreferenceLoss::Sigmoid, 0.5));
+    // Gemma-3 has all that a block can have.
+    let two_devices = Job { batch: BATCH / 2, devices: 2, ..of("gemma3") };
+    let jobs = [of(&models[1]), two_devices];
     for (job, theirs) in jobs.iter().zip(trl::train(&jobs)) {
         let scored = scored(job);
         eprintln!("{} on {} ranks", job.name, job.devices);
@@ -170,7 +172,8 @@ fn ragged_pairs_share_their_prompts_exactly() {
         pairs: pairs::ragged(VOCABULARY),
         ..job(dir.path(), model, objective(PreferenceLoss::SigmoidNorm, 0.0))
     };
-    let jobs: Vec<Job> = [&models[1], &models[2]].map(of).to_vec();
+    // Of the last, most of a long pair is beyond the window.
+    let jobs: Vec<Job> = [&models[1], &models[2], &models[6]].map(of).to_vec();
     train_and_compare(&jobs, Bounds { metrics: 1e-4, gradients: 1e-5, ..BOUNDS });
 }
 

@@ -1,6 +1,9 @@
 """What transformers computes, for tests/model_parity.rs to compare with.
 
     model_reference.py random DIR            small random models, and their logits
+    model_reference.py multimodal DIR        a small model with a vision tower, and its logits
+    model_reference.py whole ORIGINAL SAVED  whether what Rust saved of it is whole, and its
+                                             logits, beside it
     model_reference.py demo MODEL DATA FILE  logits on real prompts
     model_reference.py reload MODEL SAVED PROMPTS
                                              greedy tokens of a checkpoint that Rust
@@ -16,7 +19,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import random_models
@@ -53,6 +56,22 @@ CASES = {
         sliding_window=131072,
         max_window_layers=2,
     ),
+    "qwen2-windows": dict(
+        family="qwen2", use_sliding_window=True, sliding_window=24, max_window_layers=1
+    ),
+    "qwen3": dict(family="qwen3"),
+    "qwen3-bias-tied": dict(family="qwen3", tie_word_embeddings=True, attention_bias=True),
+    "mistral": dict(family="mistral", sliding_window=None),
+    "mistral-window": dict(family="mistral"),
+    "gemma3": dict(family="gemma3"),
+    "gemma3-pattern": dict(
+        family="gemma3",
+        num_hidden_layers=7,
+        layer_types=None,
+        sliding_window_pattern=3,
+        rope_scaling=None,
+        rope_local_base_freq=500.0,
+    ),
 }
 
 
@@ -61,15 +80,59 @@ def logits_of(model, ids):
         return model(torch.tensor([ids])).logits[0].float().contiguous()
 
 
+def refer(model, directory):
+    """Saves logits of `model` on ids that stand for text."""
+    ids = torch.randint(0, 128, (160,)).tolist()
+    reference = {"logits": logits_of(model, ids), "ids": torch.tensor(ids)}
+    save_file(reference, Path(directory) / "reference.st")
+
+
 def random(directory):
     torch.manual_seed(20251)
     for name, settings in CASES.items():
         model = random_models.create(initializer_range=0.2, **settings).eval().float()
         case = Path(directory) / name
         model.save_pretrained(case)
-        ids = torch.randint(0, model.config.vocab_size, (160,)).tolist()
-        save_file({"logits": logits_of(model, ids), "ids": torch.tensor(ids)}, case / "reference.st")
+        refer(model, case)
     return {"cases": list(CASES)}
+
+
+def multimodal(directory):
+    torch.manual_seed(20253)
+    model = random_models.multimodal().eval()
+    model.save_pretrained(directory)
+    refer(model, directory)
+    return {}
+
+
+def whole(original_dir, saved_dir):
+    file = "model.safetensors"
+    original, saved = (load_file(Path(path) / file) for path in (original_dir, saved_dir))
+    problems = [f"only on one side: {name}" for name in original.keys() ^ saved.keys()]
+    beside = [name for name in original if not name.startswith("language_model.")]
+    problems += [
+        f"differs: {name}"
+        for name in beside
+        if original[name].dtype != saved[name].dtype
+        or not torch.equal(original[name], saved[name])
+    ]
+    trained = [name for name in original if name not in beside]
+    problems += [
+        f"was not trained: {name}"
+        for name in trained
+        if torch.equal(original[name].to(saved[name].dtype), saved[name])
+    ]
+    model, info = AutoModelForCausalLM.from_pretrained(
+        saved_dir, dtype=torch.float32, output_loading_info=True
+    )
+    problems += [f"{key}: {value}" for key, value in info.items() if value]
+    refer(model.eval(), saved_dir)
+    return {
+        "problems": problems,
+        "class": type(model).__name__,
+        "beside": len(beside),
+        "trained": len(trained),
+    }
 
 
 def generated(model, prompts, stop_ids, max_new_tokens):
@@ -133,7 +196,10 @@ def reload(model_dir, saved_dir, prompts_file):
 def main():
     torch.set_num_threads(2)
     command, *arguments = sys.argv[1:]
-    result = {"random": random, "demo": demo, "reload": reload}[command](*arguments)
+    commands = dict(
+        random=random, multimodal=multimodal, whole=whole, demo=demo, reload=reload
+    )
+    result = commands[command](*arguments)
     result["versions"] = f"transformers {transformers.__version__}, torch {torch.__version__}"
     print(json.dumps(result))
 

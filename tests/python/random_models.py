@@ -1,11 +1,27 @@
 """Small models with random weights, none of which is at a value that would hide a mistake."""
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 FAMILIES = {
     "llama": (LlamaForCausalLM, LlamaConfig),
+    "mistral": (MistralForCausalLM, MistralConfig),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config),
+    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig),
 }
 SETTINGS = dict(
     vocab_size=131,
@@ -15,17 +31,63 @@ SETTINGS = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
 )
+# What a family has of its own: a scale that is not head_dim's, and windows shorter than
+# what tests read.
+OWN = {
+    "mistral": dict(sliding_window=24),
+    "qwen3": dict(head_dim=24),
+    "gemma3": dict(
+        head_dim=24,
+        query_pre_attn_scalar=40,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+    ),
+}
+
+
+def settings_of(family, **settings):
+    """The configuration of a small model of `family`; `settings` go over its own."""
+    return {**SETTINGS, **OWN.get(family, {}), **settings}
 
 
 def create(family, **settings):
-    """A model of `family`, drawn from torch's generator; `settings` go over SETTINGS."""
+    """A model of `family`, drawn from torch's generator; `settings` go over its own."""
     architecture, config = FAMILIES[family]
-    model = architecture(config(**{**SETTINGS, **settings}))
+    return drawn(architecture(config(**settings_of(family, **settings))))
+
+
+def multimodal():
+    """A Gemma-3 with a vision tower; the highest ids stand for images."""
+    vision = dict(
+        model_type="siglip_vision_model",
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+        vision_use_head=False,
+    )
+    config = Gemma3Config(
+        text_config=settings_of("gemma3", initializer_range=0.2),
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        boi_token_index=128,
+        eoi_token_index=129,
+        image_token_index=130,
+    )
+    return drawn(Gemma3ForConditionalGeneration(config))
+
+
+def drawn(model):
+    """`model`, with what transformers starts at 0 or 1 drawn too."""
+    # Gemma's norms multiply by 1 + w.
+    lowest = -0.5 if "Gemma3" in type(model).__name__ else 0.5
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # transformers starts biases at 0 and norms at 1.
             if name.endswith("bias"):
                 parameter.normal_(0.0, 0.3)
             elif "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+                parameter.uniform_(lowest, lowest + 1.0)
     return model

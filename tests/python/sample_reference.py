@@ -21,7 +21,7 @@ import random_models
 from model_reference import generated, stop_ids_of
 
 CONVERSATIONS = 32
-FAMILIES = ("llama", "qwen2")
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
 
 
 def load(model_dir):

@@ -26,6 +26,9 @@ CASES = {
     "llama-tied": dict(family="llama", tie_word_embeddings=True, pad_token_id=2),
     "qwen2": dict(family="qwen2"),
     "qwen2-tied": dict(family="qwen2", tie_word_embeddings=True),
+    "qwen3": dict(family="qwen3"),
+    "mistral": dict(family="mistral", sliding_window=12),
+    "gemma3": dict(family="gemma3", sliding_window=12, pad_token_id=2),
 }
 
 

@@ -11,21 +11,24 @@ use tch::{Device, Kind, Tensor};
 
 /// `[tokens, vocab]` in fp32, without a cache.
 pub(crate) fn logits(model: &Decoder, ids: &Tensor) -> Tensor {
-    let positions = Tensor::arange(ids.size1().unwrap(), (Kind::Int64, Device::Cpu));
-    let rotary = model.rotary(&positions).unwrap();
+    let count = ids.size1().unwrap();
+    let rotations = model.rotations(&Tensor::arange(count, (Kind::Int64, Device::Cpu))).unwrap();
     let mut h = model.embed(ids).unwrap();
     for block in &model.blocks {
+        let sees = Tensor::ones([count, count], (Kind::Bool, Device::Cpu)).tril(0);
+        // A query sees as many as its window has, itself included.
+        let sees = block.window().map_or(sees.copy(), |window| sees.triu(1 - window));
         h = block
-            .forward(&h, &rotary, &mut |q, k, v| {
+            .forward(&h, &rotations, &mut |q, k, v| {
                 let batch = |x: &Tensor| x.transpose(0, 1).unsqueeze(0);
                 let attended = Tensor::f_scaled_dot_product_attention(
                     &batch(q),
                     &batch(k),
                     &batch(v),
-                    None::<&Tensor>,
+                    Some(&sees),
                     0.0,
-                    true,
-                    None,
+                    false,
+                    block.attention_scale(),
                     true,
                 )?;
                 Ok(attended.squeeze_dim(0).transpose(0, 1))

@@ -32,6 +32,8 @@ pub struct Shape {
     pub tied: bool,
     /// Weights of a block that are no matrix: norms and biases.
     small: u64,
+    /// Hidden states of a block that are normed on their way to the residual.
+    normed_outputs: u64,
 }
 
 #[derive(Deserialize)]
@@ -54,7 +56,8 @@ struct Config {
     mlp_bias: bool,
 }
 
-/// What transformers takes where a Gemma-3 configuration leaves it out.
+/// What transformers takes where a Gemma-3 configuration leaves it out; the worker has the
+/// same in `model/config/family.rs`.
 fn gemma_heads() -> u64 {
     8
 }
@@ -86,10 +89,12 @@ impl Shape {
             Some(dim) if dim > 0 && dim <= limit => dim,
             Some(dim) => return Err(ShapeError::Impossible(format!("head_dim is {dim}"))),
             None if gemma => 256,
+            None if config.model_type == "qwen3" => 128,
             None => config.hidden_size / heads,
         };
         let (hidden, queries, keys) = (config.hidden_size, heads * head_dim, kv_heads * head_dim);
-        let norms = if gemma { 4 } else { 2 } * hidden;
+        let normed_outputs = if gemma { 2 } else { 0 };
+        let norms = (2 + normed_outputs) * hidden;
         let head_norms = if gemma || config.model_type == "qwen3" { 2 * head_dim } else { 0 };
         let qkv_bias = config.attention_bias || config.model_type == "qwen2";
         let biases = [
@@ -108,6 +113,7 @@ impl Shape {
             // transformers' default is true; Llama's and Qwen2's own is false.
             tied: config.tie_word_embeddings.unwrap_or(gemma),
             small: norms + head_norms + biases,
+            normed_outputs,
         })
     }
 
@@ -140,8 +146,8 @@ impl Shape {
 
     /// Elements that a block keeps for backward, for a token.
     pub fn kept(&self) -> u64 {
-        let Self { hidden, intermediate, queries, keys, .. } = self;
-        2 * hidden + 2 * queries + 2 * keys + 2 * intermediate
+        let Self { hidden, intermediate, queries, keys, normed_outputs, .. } = self;
+        (2 + normed_outputs) * hidden + 2 * queries + 2 * keys + 2 * intermediate
     }
 }
 
@@ -167,6 +173,14 @@ pub(super) mod tests {
             "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
             "vocab_size": 49152, "tie_word_embeddings": true}"#;
         assert_eq!(count(smol), 134_515_008);
+        let qwen3_8b = r#"{"model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288,
+            "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "vocab_size": 151936, "tie_word_embeddings": false}"#;
+        assert_eq!(count(qwen3_8b), 8_190_735_360);
+        let mistral_7b = r#"{"model_type": "mistral", "hidden_size": 4096,
+            "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "vocab_size": 32768, "tie_word_embeddings": false}"#;
+        assert_eq!(count(mistral_7b), 7_248_023_552);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::error::TextError;
 
 /// Files that make a checkpoint speak, beside its weights and `config.json`.
-const NAMES: [&str; 13] = [
+const NAMES: [&str; 15] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -19,6 +19,9 @@ const NAMES: [&str; 13] = [
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
+    // How a multimodal model takes its images.
+    "preprocessor_config.json",
+    "processor_config.json",
 ];
 
 /// A file that a published checkpoint carries along.

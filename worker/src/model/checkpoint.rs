@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde::Deserialize;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
 use super::error::ModelError;
-use super::layout::Layout;
+use super::layout::{Layout, Prefix};
 
 /// Where a model's weights are when they fit into one file.
 pub(super) const SINGLE: &str = "model.safetensors";
@@ -101,10 +101,14 @@ impl Checkpoint {
         }
         for (at, file) in self.files.iter().enumerate() {
             let strays = self.tensors.iter().filter(|(name, of)| {
-                **of == at && !expected.contains(name.as_str()) && !is_derived(name)
+                **of == at
+                    && !expected.contains(name.as_str())
+                    && !is_derived(name)
+                    && !layout.prefix.is_beside(name)
             });
             let mut strays: Vec<_> = strays.map(|(name, _)| name.clone()).collect();
-            let copy = strays.iter().position(|name| name == "lm_head.weight");
+            let head = layout.prefix.head();
+            let copy = strays.iter().position(|name| *name == head);
             if let (Some(copy), true) = (copy, layout.outer.head.is_none()) {
                 self.check_tied_copy(layout)?;
                 strays.remove(copy);
@@ -116,18 +120,35 @@ impl Checkpoint {
 
     /// A tied head may be written out once more, if it says the same.
     fn check_tied_copy(&self, layout: &Layout) -> Result<(), ModelError> {
-        let head = "lm_head.weight";
-        let file = &self.files[self.tensors[head]];
-        let embedding = &layout.outer.embedding;
-        file.check(head, &embedding.shape(embedding.rows()))?;
-        if self.tensor(head)?.f_equal(&self.tensor(&embedding.parts[0].name)?)? {
+        let (head, embedding) = (layout.prefix.head(), layout.prefix.embedding());
+        let file = &self.files[self.tensors[&head]];
+        let slot = &layout.outer.embedding;
+        file.check(&head, &slot.shape(slot.rows()))?;
+        if self.tensor(&head)?.f_equal(&self.tensor(&embedding)?)? {
             return Ok(());
         }
-        Err(ModelError::malformed(
-            &file.path,
-            "lm_head.weight differs from model.embed_tokens.weight, but config.json has \
-             tie_word_embeddings true; set it to false to use both",
-        ))
+        let problem = format!(
+            "{head} differs from {embedding}, but config.json has tie_word_embeddings true; set \
+             it to false to use both"
+        );
+        Err(ModelError::malformed(&file.path, problem))
+    }
+
+    /// Under which names the decoder is here: those with which its embedding is found.
+    pub(super) fn prefix(&self, multimodal: bool) -> Prefix {
+        let [first, ..] = Prefix::MULTIMODAL;
+        let found = |prefix: &Prefix| self.tensors.contains_key(&prefix.embedding());
+        match multimodal {
+            true => Prefix::MULTIMODAL.into_iter().find(found).unwrap_or(first),
+            false => Prefix::PLAIN,
+        }
+    }
+
+    /// What is here beside the decoder: views into the mapping, which outlives the files'
+    /// names.
+    pub(super) fn untouched(&self, layout: &Layout) -> Result<Vec<Untouched>, ModelError> {
+        let beside = self.tensors.iter().filter(|(name, _)| layout.prefix.is_beside(name));
+        beside.map(|(name, &at)| Ok(self.files[at].untouched(name)?)).collect()
     }
 
     /// The tensor `name` as the file has it: a view into the mapping.
@@ -153,6 +174,16 @@ fn refuse_strays(path: &Path, names: Vec<String>) -> Result<(), ModelError> {
 /// `config.json`; transformers drops them too.
 fn is_derived(name: &str) -> bool {
     name.ends_with(".rotary_emb.inv_freq")
+}
+
+/// A tensor that is no part of the decoder, and is saved as it was read.
+#[derive(Debug)]
+pub(super) struct Untouched {
+    pub(super) name: String,
+    pub(super) dtype: Dtype,
+    pub(super) shape: Vec<usize>,
+    /// `[bytes]`, u8.
+    pub(super) content: Tensor,
 }
 
 /// One safetensors file.
@@ -238,9 +269,8 @@ impl WeightFile {
     fn tensor(&self, name: &str) -> Result<Tensor, ModelError> {
         let info = &self.tensors[name];
         let kind = self.kind(name, info.dtype)?;
-        let (begin, end) = info.data_offsets;
-        let start = self.data_start + begin as i64;
-        let bytes = self.bytes.f_narrow(0, start, (end - begin) as i64)?;
+        let start = self.data_start + info.data_offsets.0 as i64;
+        let bytes = self.content(info)?;
         // Writers that do not align their header leave data where a view of
         // wider elements cannot start.
         let aligned = start % kind.elt_size_in_bytes() as i64 == 0;
@@ -253,6 +283,22 @@ impl WeightFile {
         };
         let shape: Vec<i64> = info.shape.iter().map(|&size| size as i64).collect();
         Ok(bytes.f_view_dtype(kind)?.f_view(shape.as_slice())?)
+    }
+
+    fn untouched(&self, name: &str) -> Result<Untouched, TchError> {
+        let info = &self.tensors[name];
+        Ok(Untouched {
+            name: name.to_owned(),
+            dtype: info.dtype,
+            shape: info.shape.clone(),
+            content: self.content(info)?,
+        })
+    }
+
+    /// A tensor's bytes: a view into the mapping.
+    fn content(&self, info: &TensorInfo) -> Result<Tensor, TchError> {
+        let (begin, end) = info.data_offsets;
+        self.bytes.f_narrow(0, self.data_start + begin as i64, (end - begin) as i64)
     }
 }
 

@@ -1,31 +1,31 @@
 //! `config.json`, read strictly: what the decoder cannot compute is refused by name.
 
+mod family;
+mod rope;
+mod windows;
+
 use std::path::Path;
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::error::ModelError;
-use super::rope::RopeConfig;
+use super::ops::{Activation, NormScale};
+pub use family::Architecture;
+use family::Described;
+pub use rope::{RopeConfig, RopeScaling};
 
 /// Largest size accepted for any one dimension: far above any model's, and low
 /// enough that products of two stay clear of overflow.
 const MAX_DIMENSION: i64 = 1 << 24;
-
-/// The model families this decoder computes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Architecture {
-    /// `LlamaForCausalLM`.
-    Llama,
-    /// `Qwen2ForCausalLM`: Llama with biases on queries, keys and values.
-    Qwen2,
-}
 
 /// A decoder's shape and constants, checked.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
     /// The family, from `architectures`.
     pub architecture: Architecture,
+    /// Whether the files hold more than the decoder, such as a vision tower.
+    pub multimodal: bool,
     /// Rows of the embedding and of the head.
     pub vocab_size: i64,
     /// Width of the residual stream.
@@ -44,8 +44,24 @@ pub struct ModelConfig {
     pub max_position_embeddings: i64,
     /// ε under RMSNorm's root.
     pub rms_norm_eps: f64,
+    /// What the norms' weights say.
+    pub norm_scale: NormScale,
+    /// Whether each query and key head is normed ahead of its rotation.
+    pub qk_norm: bool,
+    /// Whether what attention and MLP add to the residual is normed too.
+    pub sandwich_norms: bool,
+    /// The MLP's.
+    pub activation: Activation,
+    /// Whether embeddings are multiplied by √`hidden_size`.
+    pub scaled_embedding: bool,
+    /// What scores are multiplied by ahead of the softmax.
+    pub attention_scale: f64,
+    /// For each block how many tokens a query sees, itself included; none where all before it.
+    pub windows: Vec<Option<i64>>,
     /// Rotary embedding.
     pub rope: RopeConfig,
+    /// That of blocks with a window, where it is another.
+    pub local_rope: Option<RopeConfig>,
     /// Whether queries, keys and values have a bias.
     pub qkv_bias: bool,
     /// Whether attention's output projection has a bias.
@@ -57,11 +73,9 @@ pub struct ModelConfig {
     pub pad_token_id: Option<i64>,
 }
 
-/// The fields of `config.json` that change what is computed.
+/// The entries of `config.json` that change what is computed.
 #[derive(Deserialize)]
-pub(super) struct RawConfig {
-    architectures: Option<Vec<String>>,
-    model_type: Option<String>,
+struct RawConfig {
     vocab_size: i64,
     hidden_size: i64,
     intermediate_size: i64,
@@ -72,16 +86,24 @@ pub(super) struct RawConfig {
     max_position_embeddings: Option<i64>,
     rms_norm_eps: Option<f64>,
     hidden_act: Option<String>,
+    hidden_activation: Option<String>,
     attention_bias: Option<bool>,
     mlp_bias: Option<bool>,
     attention_dropout: Option<f64>,
+    query_pre_attn_scalar: Option<f64>,
+    attn_logit_softcapping: Option<f64>,
+    final_logit_softcapping: Option<f64>,
+    use_bidirectional_attention: Option<bool>,
     tie_word_embeddings: Option<bool>,
     pad_token_id: Option<i64>,
     partial_rotary_factor: Option<f64>,
     rope_interleaved: Option<bool>,
-    pub(super) rope_theta: Option<f64>,
-    pub(super) rope_scaling: Option<Map<String, Value>>,
-    pub(super) rope_parameters: Option<Map<String, Value>>,
+    rope_theta: Option<f64>,
+    rope_local_base_freq: Option<f64>,
+    rope_scaling: Option<Map<String, Value>>,
+    rope_parameters: Option<Map<String, Value>>,
+    sliding_window: Option<i64>,
+    sliding_window_pattern: Option<i64>,
     use_sliding_window: Option<bool>,
     max_window_layers: Option<i64>,
     layer_types: Option<Vec<String>>,
@@ -100,26 +122,21 @@ impl ModelConfig {
 
     /// Checks the text of a `config.json`; `path` is what errors name.
     pub fn parse(text: &str, path: &Path) -> Result<Self, ModelError> {
-        let raw: RawConfig = serde_json::from_str(text)
-            .map_err(|e| ModelError::malformed(path, format!("not a model configuration: {e}")))?;
-        let architecture = architecture(&raw, path)?;
-        refuse_unsupported(&raw, architecture, path)?;
+        let malformed = |e| ModelError::malformed(path, format!("not a model configuration: {e}"));
+        let entries: Map<String, Value> = serde_json::from_str(text).map_err(malformed)?;
+        let Described { architecture, multimodal, entries } = family::describe(entries, path)?;
+        let raw: RawConfig = serde_json::from_value(Value::Object(entries)).map_err(malformed)?;
+        refuse_unsupported(&raw, path)?;
 
-        let size = |field: &str, value: i64| match value {
-            1..=MAX_DIMENSION => Ok(value),
-            _ => Err(ModelError::malformed(
-                path,
-                format!("{field} is {value}, expected 1 to {MAX_DIMENSION}"),
-            )),
-        };
+        let size = |field: &str, value: i64| size(field, value, path);
         let hidden_size = size("hidden_size", raw.hidden_size)?;
         let vocab_size = size("vocab_size", raw.vocab_size)?;
         let heads = size("num_attention_heads", raw.num_attention_heads)?;
         let kv_heads = match (raw.num_key_value_heads, architecture) {
             (Some(kv_heads), _) => size("num_key_value_heads", kv_heads)?,
             (None, Architecture::Llama) => heads,
-            // transformers' default is the constant 32: a trap, not a default.
-            (None, Architecture::Qwen2) => {
+            // transformers' default is one large model's: a trap, not a default.
+            (None, _) => {
                 return Err(ModelError::malformed(
                     path,
                     "num_key_value_heads is missing; write the number into the file",
@@ -160,9 +177,12 @@ impl ModelConfig {
                 format!("rms_norm_eps is {rms_norm_eps}, expected a number from 0"),
             ));
         }
-        let bias = raw.attention_bias.unwrap_or(false);
+        let (qkv_bias, output_bias) = biases(architecture, raw.attention_bias == Some(true));
+        let gemma = architecture == Architecture::Gemma3;
+        let (rope, local_rope) = rope::parse(&raw, architecture, path)?;
         Ok(Self {
             architecture,
+            multimodal,
             vocab_size,
             hidden_size,
             intermediate_size: size("intermediate_size", raw.intermediate_size)?,
@@ -175,9 +195,17 @@ impl ModelConfig {
                 None => 2048,
             },
             rms_norm_eps,
-            rope: RopeConfig::parse(&raw, path)?,
-            qkv_bias: architecture == Architecture::Qwen2 || bias,
-            output_bias: architecture == Architecture::Llama && bias,
+            norm_scale: if gemma { NormScale::OnePlusWeight } else { NormScale::Weight },
+            qk_norm: gemma || architecture == Architecture::Qwen3,
+            sandwich_norms: gemma,
+            activation: activation(&raw, architecture, path)?,
+            scaled_embedding: gemma,
+            attention_scale: attention_scale(&raw, architecture, head_dim, path)?,
+            windows: windows::parse(&raw, architecture, path)?,
+            rope,
+            local_rope,
+            qkv_bias,
+            output_bias,
             tie_word_embeddings: raw.tie_word_embeddings.unwrap_or(false),
             pad_token_id: pad_token(raw.pad_token_id, vocab_size, path)?,
         })
@@ -189,51 +217,65 @@ impl ModelConfig {
     }
 }
 
-fn architecture(raw: &RawConfig, path: &Path) -> Result<Architecture, ModelError> {
-    const SUPPORTED: &str = "LlamaForCausalLM and Qwen2ForCausalLM";
-    let names = raw.architectures.as_deref().unwrap_or_default();
-    let (architecture, model_type) = match names {
-        [name] if name == "LlamaForCausalLM" => (Architecture::Llama, "llama"),
-        [name] if name == "Qwen2ForCausalLM" => (Architecture::Qwen2, "qwen2"),
-        [] => {
-            return Err(ModelError::unsupported(path, "architectures", "missing", SUPPORTED));
+fn size(field: &str, value: i64, path: &Path) -> Result<i64, ModelError> {
+    match value {
+        1..=MAX_DIMENSION => Ok(value),
+        _ => {
+            let problem = format!("{field} is {value}, expected 1 to {MAX_DIMENSION}");
+            Err(ModelError::malformed(path, problem))
         }
-        other => {
-            return Err(ModelError::unsupported(
-                path,
-                "architectures",
-                other.join(", "),
-                SUPPORTED,
-            ));
-        }
-    };
-    match &raw.model_type {
-        Some(found) if found != model_type => {
-            let supported = format!("{model_type} for {}", names[0]);
-            Err(ModelError::unsupported(path, "model_type", found, &supported))
-        }
-        _ => Ok(architecture),
     }
 }
 
-fn refuse_unsupported(
+/// Of queries, keys and values, and of attention's output, given `attention_bias`.
+fn biases(architecture: Architecture, attention_bias: bool) -> (bool, bool) {
+    match architecture {
+        Architecture::Llama | Architecture::Qwen3 | Architecture::Gemma3 => {
+            (attention_bias, attention_bias)
+        }
+        Architecture::Qwen2 => (true, false),
+        Architecture::Mistral => (false, false),
+    }
+}
+
+fn activation(
     raw: &RawConfig,
     architecture: Architecture,
     path: &Path,
-) -> Result<(), ModelError> {
+) -> Result<Activation, ModelError> {
+    let (field, name) = match architecture {
+        Architecture::Gemma3 => ("hidden_activation", &raw.hidden_activation),
+        _ => ("hidden_act", &raw.hidden_act),
+    };
+    let name = name.as_deref().unwrap_or("silu");
+    Activation::named(name)
+        .ok_or_else(|| ModelError::unsupported(path, field, name, "silu and gelu_pytorch_tanh"))
+}
+
+fn attention_scale(
+    raw: &RawConfig,
+    architecture: Architecture,
+    head_dim: i64,
+    path: &Path,
+) -> Result<f64, ModelError> {
+    let squared = match (architecture, raw.query_pre_attn_scalar) {
+        (Architecture::Gemma3, Some(scalar)) => scalar,
+        _ => head_dim as f64,
+    };
+    if !(squared.is_finite() && squared > 0.0) {
+        let problem = format!("query_pre_attn_scalar is {squared}, expected a positive number");
+        return Err(ModelError::malformed(path, problem));
+    }
+    Ok(1.0 / squared.sqrt())
+}
+
+fn refuse_unsupported(raw: &RawConfig, path: &Path) -> Result<(), ModelError> {
     let refuse = |field: &str, found: String, supported: &str| {
         Err(ModelError::unsupported(path, field, found, supported))
     };
     if let Some(quantization) = &raw.quantization_config {
         let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("present");
         return refuse("quantization_config", method.to_owned(), "unquantised weights only");
-    }
-    match raw.hidden_act.as_deref() {
-        None | Some("silu" | "swish") => {}
-        Some(other) => return refuse("hidden_act", other.to_owned(), "silu"),
-    }
-    if raw.mlp_bias == Some(true) {
-        return refuse("mlp_bias", "true".to_owned(), "false");
     }
     if let Some(dropout) = raw.attention_dropout
         && dropout != 0.0
@@ -246,21 +288,22 @@ fn refuse_unsupported(
     {
         return refuse("partial_rotary_factor", factor.to_string(), "1");
     }
-    if raw.rope_interleaved == Some(true) {
-        return refuse("rope_interleaved", "true".to_owned(), "false");
+    for (field, cap) in [
+        ("attn_logit_softcapping", raw.attn_logit_softcapping),
+        ("final_logit_softcapping", raw.final_logit_softcapping),
+    ] {
+        if let Some(cap) = cap {
+            return refuse(field, cap.to_string(), "null");
+        }
     }
-    let other_layer = raw.layer_types.iter().flatten().find(|kind| *kind != "full_attention");
-    if let Some(kind) = other_layer {
-        return refuse("layer_types", kind.to_owned(), "full_attention in every layer");
-    }
-    // A window only counts where it is switched on, and from layer
-    // `max_window_layers` upward; an explicit `layer_types` has had its say.
-    let windowed = architecture == Architecture::Qwen2
-        && raw.use_sliding_window == Some(true)
-        && raw.layer_types.is_none()
-        && raw.max_window_layers.unwrap_or(28) < raw.num_hidden_layers;
-    if windowed {
-        return refuse("use_sliding_window", "true".to_owned(), "full attention in every layer");
+    for (field, on) in [
+        ("mlp_bias", raw.mlp_bias),
+        ("rope_interleaved", raw.rope_interleaved),
+        ("use_bidirectional_attention", raw.use_bidirectional_attention),
+    ] {
+        if on == Some(true) {
+            return refuse(field, "true".to_owned(), "false");
+        }
     }
     Ok(())
 }

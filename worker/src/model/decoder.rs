@@ -4,10 +4,11 @@ use std::path::Path;
 
 use tch::{Device, Kind, TchError, Tensor};
 
-use super::checkpoint::Checkpoint;
-use super::layout::{Layout, Outer, Part, PerBlock, Slot};
-use super::ops::{Linear, RmsNorm, product_kind, swiglu};
-use super::rope::Rotary;
+use super::block::Block;
+use super::checkpoint::{Checkpoint, Untouched};
+use super::layout::{Layout, Outer, Part, Slot};
+use super::ops::{RmsNorm, product_kind};
+use super::rope::{Rotary, Rotations};
 use super::{ModelConfig, ModelError};
 
 /// One weight tensor, with the Hugging Face tensors it is made of.
@@ -36,12 +37,12 @@ impl Parameter {
         Ok(Self { tensor, parts: slot.parts.clone() })
     }
 
-    fn share(&self) -> Self {
+    pub(super) fn share(&self) -> Self {
         Self { tensor: self.tensor.shallow_clone(), parts: self.parts.clone() }
     }
 }
 
-/// A causal language model: Llama or Qwen2, by its configuration.
+/// A causal language model of one of the supported families, by its configuration.
 ///
 /// All tensors are packed over tokens (`[tokens, hidden]`), without a batch
 /// dimension and without padding; who attends to whom is the caller's to say.
@@ -52,10 +53,22 @@ pub struct Decoder {
     /// The blocks, first to last.
     pub blocks: Vec<Block>,
     outer: Outer<Parameter>,
-    /// `[head_dim / 2]`, fp32.
-    inverse_frequencies: Tensor,
+    /// What its files hold beside it, for the files that it is saved to.
+    pub(super) untouched: Vec<Untouched>,
+    frequencies: Frequencies,
+    /// Of embeddings, where the family has one: √hidden, rounded to the kind of the weights
+    /// as they were loaded.
+    embedding_scale: Option<f64>,
     kind: Kind,
     device: Device,
+}
+
+/// Inverse frequencies of the rotary embeddings, `[head_dim / 2]` in fp32.
+#[derive(Debug)]
+struct Frequencies {
+    global: Tensor,
+    /// Of blocks with a window, where they are others.
+    local: Option<Tensor>,
 }
 
 impl Decoder {
@@ -65,39 +78,52 @@ impl Decoder {
     /// read. Errors name the file and what is wrong in it.
     pub fn load(dir: &Path, kind: Kind, device: Device) -> Result<Self, ModelError> {
         let config = ModelConfig::read(dir)?;
-        let layout = Layout::new(&config);
         let checkpoint = Checkpoint::open(dir)?;
+        let layout = Layout::new(&config, checkpoint.prefix(config.multimodal));
         checkpoint.check(&layout)?;
-        Self::build(config, layout, kind, device, |slot| {
+        let mut model = Self::build(config, &layout, kind, device, |slot| {
             Parameter::load(slot, &checkpoint, kind, device)
-        })
+        })?;
+        model.untouched = checkpoint.untouched(&layout)?;
+        Ok(model)
     }
 
     fn build(
         config: ModelConfig,
-        layout: Layout,
+        layout: &Layout,
         kind: Kind,
         device: Device,
         parameter: impl Fn(&Slot) -> Result<Parameter, ModelError>,
     ) -> Result<Self, ModelError> {
-        let inverse_frequencies = config.rope.inverse_frequencies(config.head_dim, device)?;
+        let frequencies = Frequencies {
+            global: config.rope.inverse_frequencies(config.head_dim, device)?,
+            local: match &config.local_rope {
+                Some(rope) => Some(rope.inverse_frequencies(config.head_dim, device)?),
+                None => None,
+            },
+        };
+        let embedding_scale = match config.scaled_embedding {
+            true => Some(rounded((config.hidden_size as f64).sqrt(), kind)?),
+            false => None,
+        };
         let outer = Outer {
             embedding: parameter(&layout.outer.embedding)?,
             norm: parameter(&layout.outer.norm)?,
             head: layout.outer.head.as_ref().map(&parameter).transpose()?,
         };
-        let block = |slots: &PerBlock<Slot>| {
-            let weights = slots.try_map(&parameter)?;
-            Ok(Block {
-                heads: config.num_attention_heads,
-                kv_heads: config.num_key_value_heads,
-                head_dim: config.head_dim,
-                eps: config.rms_norm_eps,
-                weights,
-            })
-        };
-        let blocks = layout.blocks.iter().map(block).collect::<Result<_, ModelError>>()?;
-        Ok(Self { config, blocks, outer, inverse_frequencies, kind, device })
+        let blocks = layout.blocks.iter().enumerate().map(|(layer, slots)| {
+            Ok::<_, ModelError>(Block::new(&config, layer, slots.try_map(&parameter)?))
+        });
+        Ok(Self {
+            blocks: blocks.collect::<Result<_, _>>()?,
+            config,
+            outer,
+            untouched: Vec::new(),
+            frequencies,
+            embedding_scale,
+            kind,
+            device,
+        })
     }
 
     /// A model of random weights, the same for the same seed: for unit tests.
@@ -105,9 +131,9 @@ impl Decoder {
     #[allow(clippy::unwrap_used)]
     pub(crate) fn random(config: ModelConfig, seed: i64) -> Self {
         tch::manual_seed(seed);
-        let layout = Layout::new(&config);
+        let layout = Layout::new(&config, super::layout::Prefix::PLAIN);
         let (kind, device) = (Kind::Float, Device::Cpu);
-        Self::build(config, layout, kind, device, |slot| {
+        Self::build(config, &layout, kind, device, |slot| {
             let shape = slot.shape(slot.rows());
             // Tokens wide apart and layers that add to them, or every prompt
             // is answered by the same token and tests see nothing.
@@ -134,17 +160,22 @@ impl Decoder {
             let tensor = parameter.tensor.f_detach()?.f_to_kind(kind)?;
             Ok::<_, TchError>(Parameter { tensor, parts: parameter.parts.clone() })
         };
-        let block =
-            |block: &Block| Ok(Block { weights: block.weights.try_map(&convert)?, ..*block });
+        let blocks = self.blocks.iter().map(|block| block.try_map(convert));
         Ok(Self {
             config: self.config.clone(),
-            blocks: self.blocks.iter().map(block).collect::<Result<_, TchError>>()?,
+            blocks: blocks.collect::<Result<_, TchError>>()?,
             outer: Outer {
                 embedding: convert(&self.outer.embedding)?,
                 norm: convert(&self.outer.norm)?,
-                head: self.outer.head.as_ref().map(&convert).transpose()?,
+                head: self.outer.head.as_ref().map(convert).transpose()?,
             },
-            inverse_frequencies: self.inverse_frequencies.shallow_clone(),
+            // It is computed with, and not saved.
+            untouched: Vec::new(),
+            frequencies: Frequencies {
+                global: self.frequencies.global.shallow_clone(),
+                local: self.frequencies.local.as_ref().map(Tensor::shallow_clone),
+            },
+            embedding_scale: self.embedding_scale,
             kind,
             device: self.device,
         })
@@ -164,12 +195,29 @@ impl Decoder {
     pub fn embed(&self, ids: &Tensor) -> Result<Tensor, TchError> {
         // −1 stands for "no padding token": every row gets its gradient.
         let padding = self.config.pad_token_id.unwrap_or(-1);
-        Tensor::f_embedding(&self.outer.embedding.tensor, ids, padding, false, false)
+        let rows = Tensor::f_embedding(&self.outer.embedding.tensor, ids, padding, false, false)?;
+        match self.embedding_scale {
+            Some(scale) => rows.f_mul_scalar(scale),
+            None => Ok(rows),
+        }
+    }
+
+    /// What rows of the embedding are multiplied by.
+    pub(crate) fn embedding_scale(&self) -> Option<f64> {
+        self.embedding_scale
+    }
+
+    /// The longest stretch of tokens that queries of blocks with a window see; none where no
+    /// block has one.
+    pub fn window(&self) -> Option<i64> {
+        self.config.windows.iter().copied().flatten().max()
     }
 
     /// Rotations for `positions` (`[tokens]`, i64).
-    pub fn rotary(&self, positions: &Tensor) -> Result<Rotary, TchError> {
-        Rotary::new(&self.inverse_frequencies, positions, self.kind)
+    pub fn rotations(&self, positions: &Tensor) -> Result<Rotations, TchError> {
+        let Frequencies { global, local } = &self.frequencies;
+        let rotary = |frequencies| Rotary::new(frequencies, positions, self.kind);
+        Ok(Rotations { global: rotary(global)?, local: local.as_ref().map(rotary).transpose()? })
     }
 
     /// The norm between the last block and the head: `[tokens, hidden]` → same.
@@ -179,7 +227,8 @@ impl Decoder {
 
     /// As [`Self::final_norm`], with its backward.
     pub(crate) fn last_norm(&self) -> RmsNorm<'_> {
-        RmsNorm { weight: &self.outer.norm.tensor, eps: self.config.rms_norm_eps }
+        let ModelConfig { norm_scale: scale, rms_norm_eps: eps, .. } = self.config;
+        RmsNorm { weight: &self.outer.norm.tensor, scale, eps }
     }
 
     /// The head's weight, `[vocab, hidden]`: the embedding's where they are tied.
@@ -198,117 +247,7 @@ impl Decoder {
     }
 }
 
-/// One transformer block: attention and gated MLP, each on a normed residual.
-#[derive(Debug)]
-pub struct Block {
-    heads: i64,
-    kv_heads: i64,
-    head_dim: i64,
-    eps: f64,
-    weights: PerBlock<Parameter>,
-}
-
-impl Block {
-    /// `h` (`[tokens, hidden]`) → the same shape.
-    ///
-    /// `attend` gets rotated queries `[tokens, heads, head_dim]`, rotated keys
-    /// and values `[tokens, kv_heads, head_dim]` (views, not contiguous), and
-    /// returns `[tokens, heads, head_dim]`; masks, caches and the scale
-    /// `1 / √head_dim` are its business.
-    pub fn forward(
-        &self,
-        h: &Tensor,
-        rotary: &Rotary,
-        attend: &mut dyn FnMut(&Tensor, &Tensor, &Tensor) -> Result<Tensor, TchError>,
-    ) -> Result<Tensor, TchError> {
-        let qkv = self.qkv().forward(&self.input_norm().forward(h)?)?;
-        let heads = self.by_head(&qkv)?;
-        // Queries and keys turn alike: one rotation over both.
-        let qk = rotary.rotate(&heads.queries_and_keys)?;
-        let q = qk.f_narrow(1, 0, self.heads)?;
-        let k = qk.f_narrow(1, self.heads, self.kv_heads)?;
-        let attended = attend(&q, &k, &heads.values)?;
-        let attended = attended.f_reshape([-1, self.heads * self.head_dim])?;
-        let h = h.f_add(&self.output().forward(&attended)?)?;
-
-        let gate_up = self.gate_up().forward(&self.mlp_norm().forward(&h)?)?;
-        h.f_add(&self.down().forward(&swiglu(&gate_up)?)?)
-    }
-
-    /// The block's weights, in the order of Hugging Face state dicts.
-    pub fn parameters(&self) -> Vec<Parameter> {
-        self.weights.iter().map(Parameter::share).collect()
-    }
-
-    /// Number of query heads.
-    pub(crate) fn heads(&self) -> i64 {
-        self.heads
-    }
-
-    /// Elements of one head.
-    pub(crate) fn head_dim(&self) -> i64 {
-        self.head_dim
-    }
-
-    /// Where each weight stands in [`Self::parameters`].
-    pub(crate) fn places(&self) -> PerBlock<usize> {
-        let mut next = 0..;
-        self.weights.map(|_| next.next().unwrap_or_default())
-    }
-
-    /// The norm ahead of attention.
-    pub(crate) fn input_norm(&self) -> RmsNorm<'_> {
-        RmsNorm { weight: &self.weights.input_norm.tensor, eps: self.eps }
-    }
-
-    /// Queries, keys and values, all heads of each after one another.
-    pub(crate) fn qkv(&self) -> Linear<'_> {
-        linear(&self.weights.qkv, self.weights.qkv_bias.as_ref())
-    }
-
-    /// From attended values to the residual.
-    pub(crate) fn output(&self) -> Linear<'_> {
-        linear(&self.weights.output, self.weights.output_bias.as_ref())
-    }
-
-    /// The norm ahead of the MLP.
-    pub(crate) fn mlp_norm(&self) -> RmsNorm<'_> {
-        RmsNorm { weight: &self.weights.mlp_norm.tensor, eps: self.eps }
-    }
-
-    /// The MLP's gate, then what it gates.
-    pub(crate) fn gate_up(&self) -> Linear<'_> {
-        linear(&self.weights.gate_up, None)
-    }
-
-    /// From the gated to the residual.
-    pub(crate) fn down(&self) -> Linear<'_> {
-        linear(&self.weights.down, None)
-    }
-
-    /// `qkv`, `[tokens, (heads + 2 kv_heads) · head_dim]`, by heads: views.
-    pub(crate) fn by_head(&self, qkv: &Tensor) -> Result<Heads, TchError> {
-        let turned = self.heads + self.kv_heads;
-        let all = qkv.f_view([-1, turned + self.kv_heads, self.head_dim])?;
-        Ok(Heads {
-            queries: all.f_narrow(1, 0, self.heads)?,
-            keys: all.f_narrow(1, self.heads, self.kv_heads)?,
-            values: all.f_narrow(1, turned, self.kv_heads)?,
-            queries_and_keys: all.f_narrow(1, 0, turned)?,
-        })
-    }
-}
-
-/// Views by heads, each `[tokens, heads, head_dim]` with its number of heads.
-#[derive(Debug)]
-pub(crate) struct Heads {
-    pub(crate) queries: Tensor,
-    pub(crate) keys: Tensor,
-    pub(crate) values: Tensor,
-    /// Both of them, which positions turn.
-    pub(crate) queries_and_keys: Tensor,
-}
-
-fn linear<'a>(weight: &'a Parameter, bias: Option<&'a Parameter>) -> Linear<'a> {
-    Linear { weight: &weight.tensor, bias: bias.map(|bias| &bias.tensor) }
+/// `value` as `kind` has it.
+fn rounded(value: f64, kind: Kind) -> Result<f64, TchError> {
+    Tensor::f_from_slice(&[value])?.f_to_kind(kind)?.f_double_value(&[0])
 }

@@ -1,4 +1,5 @@
-//! One decoder driven by `config.json`: Llama and Qwen2, on packed tokens.
+//! One decoder driven by `config.json`: Llama, Mistral, Qwen2, Qwen3 and Gemma-3, on packed
+//! tokens.
 //!
 //! A [`Decoder`] is loaded from Hugging Face files and saved to them again,
 //! under the names it was loaded by. It owns no loop: callers drive it block
@@ -6,6 +7,7 @@
 //! same code samples from a cache, scores packed pairs, and trains one layer
 //! at a time. Nothing here detaches or switches gradients off.
 
+mod block;
 mod checkpoint;
 mod config;
 mod decoder;
@@ -15,13 +17,14 @@ pub(crate) mod ops;
 mod rope;
 mod save;
 
-pub use config::{Architecture, ModelConfig};
-pub(crate) use decoder::Heads;
-pub use decoder::{Block, Decoder, Parameter};
+pub use block::Block;
+pub(crate) use block::Heads;
+pub use config::{Architecture, ModelConfig, RopeConfig, RopeScaling};
+pub use decoder::{Decoder, Parameter};
 pub use error::ModelError;
 pub use layout::Part;
 pub(crate) use layout::PerBlock;
-pub use ops::product_kind;
-pub use rope::{RopeConfig, RopeScaling, Rotary};
+pub use ops::{Activation, NormScale, product_kind};
+pub use rope::{Rotary, Rotations};
 pub use save::SavedFile;
 pub(crate) use save::{write_file, write_tensor};

@@ -30,12 +30,13 @@ pub struct SavedFile {
     pub sha256: [u8; 32],
 }
 
-/// One Hugging Face tensor: rows of a parameter.
+/// One Hugging Face tensor: rows of a parameter, or the bytes of what is saved as it was read.
 struct Piece {
     name: String,
-    rows: Tensor,
+    dtype: Dtype,
     shape: Vec<usize>,
     bytes: usize,
+    content: Tensor,
 }
 
 impl Decoder {
@@ -58,8 +59,7 @@ impl Decoder {
         dir: &Path,
         max_shard_bytes: usize,
     ) -> Result<Vec<SavedFile>, ModelError> {
-        let dtype = self.dtype(dir)?;
-        let shards = divide(self.pieces()?, max_shard_bytes);
+        let shards = divide(self.pieces(self.dtype(dir)?)?, max_shard_bytes);
         let count = shards.len();
         let name = |at: usize| match count {
             1 => SINGLE.to_owned(),
@@ -73,7 +73,7 @@ impl Decoder {
 
         let mut saved = Vec::with_capacity(names.len());
         for (shard, name) in shards.iter().zip(&names) {
-            saved.push(write_shard(dir, name, shard, dtype)?);
+            saved.push(write_shard(dir, name, shard)?);
         }
         if count > 1 {
             saved.push(write_index(dir, &shards, &names)?);
@@ -94,15 +94,23 @@ impl Decoder {
         }
     }
 
-    /// All Hugging Face tensors, in the order of transformers' state dict.
-    fn pieces(&self) -> Result<Vec<Piece>, TchError> {
+    /// All Hugging Face tensors, in the order of transformers' state dict: what is beside the
+    /// decoder, and the decoder.
+    fn pieces(&self, dtype: Dtype) -> Result<Vec<Piece>, TchError> {
         let mut outer = self.outer_parameters().into_iter();
         let embedding = outer.next();
         let parameters = embedding
             .into_iter()
             .chain(self.blocks.iter().flat_map(|block| block.parameters()))
             .chain(outer);
-        let mut pieces = Vec::new();
+        let untouched = self.untouched.iter().map(|tensor| Piece {
+            name: tensor.name.clone(),
+            dtype: tensor.dtype,
+            shape: tensor.shape.clone(),
+            bytes: tensor.content.numel(),
+            content: tensor.content.shallow_clone(),
+        });
+        let mut pieces: Vec<Piece> = untouched.collect();
         for Parameter { tensor, parts } in parameters {
             let tensor = tensor.f_detach()?;
             let mut start = 0;
@@ -111,7 +119,7 @@ impl Decoder {
                 start += part.rows;
                 let shape: Vec<usize> = rows.size().iter().map(|&size| size as usize).collect();
                 let bytes = shape.iter().product::<usize>() * rows.f_kind()?.elt_size_in_bytes();
-                pieces.push(Piece { name: part.name, rows, shape, bytes });
+                pieces.push(Piece { name: part.name, dtype, shape, bytes, content: rows });
             }
         }
         Ok(pieces)
@@ -139,9 +147,10 @@ fn divide(pieces: Vec<Piece>, max_bytes: usize) -> Vec<Vec<Piece>> {
     if !current.is_empty() {
         shards.push(current);
     }
-    // Within a file tensors are laid out by name.
+    // Within a file tensors are laid out by dtype, the widest first, so that each is aligned,
+    // and then by name.
     for shard in &mut shards {
-        shard.sort_by(|a, b| a.name.cmp(&b.name));
+        shard.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
     }
     shards
 }
@@ -162,18 +171,14 @@ fn refuse_leftovers(dir: &Path, writing: &[String]) -> Result<(), ModelError> {
     Ok(())
 }
 
-fn write_shard(
-    dir: &Path,
-    name: &str,
-    shard: &[Piece],
-    dtype: Dtype,
-) -> Result<SavedFile, ModelError> {
+fn write_shard(dir: &Path, name: &str, shard: &[Piece]) -> Result<SavedFile, ModelError> {
     let path = dir.join(name);
     let mut offset = 0;
     let tensors = shard.iter().map(|piece| {
         let data_offsets = (offset, offset + piece.bytes);
         offset += piece.bytes;
-        (piece.name.clone(), TensorInfo { dtype, shape: piece.shape.clone(), data_offsets })
+        let Piece { name, dtype, shape, .. } = piece;
+        (name.clone(), TensorInfo { dtype: *dtype, shape: shape.clone(), data_offsets })
     });
     let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let metadata = Metadata::new(Some(format), tensors.collect())
@@ -187,7 +192,7 @@ fn write_shard(
         out.write_all(&header)?;
         let mut buffer = Vec::new();
         for piece in shard {
-            write_tensor(out, &piece.rows, &mut buffer)?;
+            write_tensor(out, &piece.content, &mut buffer)?;
         }
         Ok(())
     })

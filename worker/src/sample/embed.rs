@@ -8,6 +8,7 @@ use super::attend::causal;
 use super::sampler::check_tokens;
 use super::{SampleError, Sampler};
 use crate::model::Decoder;
+use crate::model::ops::causal_mask;
 
 /// Tokens of one pass at most; a longer sequence has a pass of its own.
 const PASS_TOKENS: usize = 2048;
@@ -81,16 +82,30 @@ fn embed(model: &Decoder, sequences: &[Vec<u32>]) -> Result<Tensor, TchError> {
     };
     let last: Vec<i64> = lengths.iter().scan(0, end).collect();
 
-    let rotary = model.rotary(&upload(&positions)?)?;
+    // Sequences that are longer than the window of blocks that have one.
+    let masks: Vec<Option<Tensor>> = lengths
+        .iter()
+        .map(|&length| match model.window() {
+            Some(window) if window < length => {
+                let options = (model.kind(), model.device());
+                causal_mask(0, [length, length], Some(window), options).map(Some)
+            }
+            _ => Ok(None),
+        })
+        .collect::<Result<_, TchError>>()?;
+
+    let rotations = model.rotations(&upload(&positions)?)?;
     let mut h = model.embed(&upload(&ids)?)?;
     for block in &model.blocks {
-        h = block.forward(&h, &rotary, &mut |q, k, v| {
+        let scale = block.attention_scale();
+        h = block.forward(&h, &rotations, &mut |q, k, v| {
             let apart = |x: &Tensor| x.f_split_with_sizes(&lengths, 0);
             let (q, k, v) = (apart(q)?, apart(k)?, apart(v)?);
-            let sequences = q.iter().zip(&k).zip(&v);
-            let attended: Vec<Tensor> =
-                sequences.map(|((q, k), v)| causal(q, k, v)).collect::<Result<_, TchError>>()?;
-            Tensor::f_cat(&attended, 0)
+            let sequences = q.iter().zip(&k).zip(&v).zip(&masks);
+            let attended = sequences.map(|(((q, k), v), mask)| {
+                causal([q, k, v], mask.as_ref().filter(|_| block.window().is_some()), scale)
+            });
+            Tensor::f_cat(&attended.collect::<Result<Vec<_>, TchError>>()?, 0)
         })?;
     }
     let h = model.final_norm(&h.f_index_select(0, &upload(&last)?)?)?.f_to_kind(Kind::Float)?;

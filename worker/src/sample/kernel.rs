@@ -26,7 +26,7 @@ pub(super) enum Sight<'a> {
 }
 
 /// Attends: `queries` `[batch, heads, n, head_dim]`, `keys` and `values` `[batch, heads,
-/// m, head_dim]` with as many heads.
+/// m, head_dim]` with as many heads; scores are multiplied by `scale`.
 ///
 /// On a GPU this is the memory-efficient kernel, which takes masks and tells the denominator
 /// too; on a CPU the flash kernel, but for a few queries in fp32, which plain products serve
@@ -36,13 +36,14 @@ pub(super) fn attend(
     keys: &Tensor,
     values: &Tensor,
     sight: Sight<'_>,
+    scale: f64,
 ) -> Result<Part, TchError> {
     if queries.device() == Device::Cpu
         && queries.kind() == Kind::Float
         && queries.size()[2] <= FEW_QUERIES
         && !matches!(sight, Sight::Causal)
     {
-        return by_products(queries, keys, values, sight);
+        return by_products(queries, keys, values, sight, scale);
     }
     let causal = matches!(sight, Sight::Causal);
     let mask = match sight {
@@ -51,12 +52,12 @@ pub(super) fn attend(
     };
     let (output, log_sum_exp) = match queries.device() {
         Device::Cpu => Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu(
-            queries, keys, values, 0.0, causal, mask, None,
+            queries, keys, values, 0.0, causal, mask, scale,
         )?,
         _ => {
             let (output, log_sum_exp, ..) =
                 Tensor::f_internal_scaled_dot_product_efficient_attention(
-                    queries, keys, values, mask, true, 0.0, causal, None,
+                    queries, keys, values, mask, true, 0.0, causal, scale,
                 )?;
             // It pads the number of queries.
             let log_sum_exp = log_sum_exp.f_narrow(2, 0, queries.size()[2])?;
@@ -72,8 +73,8 @@ fn by_products(
     keys: &Tensor,
     values: &Tensor,
     sight: Sight<'_>,
+    scale: f64,
 ) -> Result<Part, TchError> {
-    let scale = 1.0 / (queries.size()[3] as f64).sqrt();
     let mut scores = queries.f_mul_scalar(scale)?.f_matmul(&keys.f_transpose(2, 3)?)?;
     if let Sight::Masked(mask) = sight {
         let _ = scores.f_add_(mask)?;
@@ -99,9 +100,9 @@ mod tests {
         let mask = Tensor::zeros([3, 1, 1, 50], (Kind::Float, Device::Cpu));
         let _ = mask.narrow(0, 1, 1).narrow(3, 20, 30).fill_(f64::NEG_INFINITY);
         for sight in [Sight::All, Sight::Masked(&mask)] {
-            let ours = by_products(&queries, &keys, &values, sight).unwrap();
+            let ours = by_products(&queries, &keys, &values, sight, 0.3).unwrap();
             let many = |x: &Tensor| x.repeat([1, 1, 5, 1]);
-            let flash = attend(&many(&queries), &keys, &values, sight).unwrap();
+            let flash = attend(&many(&queries), &keys, &values, sight, 0.3).unwrap();
             for (ours, flash) in
                 [(ours.output, flash.output), (ours.log_sum_exp, flash.log_sum_exp)]
             {

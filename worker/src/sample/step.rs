@@ -4,18 +4,16 @@ use std::ops::Range;
 
 use tch::{Device, Kind, TchError, Tensor};
 
-use super::attend::{Attention, Beginning, Group, Run};
+use super::attend::{Attention, Beginning, Calls, Group, Run};
 use super::cache::{KvCache, Region};
 use super::prefix::Prefixes;
 use crate::model::Decoder;
+use crate::model::ops::{aligned, causal_mask};
 
 /// Columns that padding may add to a group: a share of what its rows hold, and what a
 /// call of its own would cost anyway.
 const PADDING_SHARE: f64 = 0.25;
 const PADDING_COLUMNS: i64 = 256;
-
-/// Columns of masks are a multiple of this: GPU kernels load them so.
-const MASK_ALIGNMENT: i64 = 16;
 
 /// Whose tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,17 +83,26 @@ impl Step {
             wanted.extend(end - piece.wanted as i64..end);
         }
         let upload = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(device);
+        let furthest = positions.iter().copied().max().unwrap_or(0);
+        let context = Context { cache, prefixes, stretches, positions: &positions };
+        let options = (model.kind(), device);
         let attention = Attention {
-            groups: self.groups(model.kind(), device)?,
-            runs: self.runs(cache, model.kind(), device)?,
-            beginnings: self.beginnings(prefixes, stretches, device)?,
+            calls: self.calls(&context, None, options)?,
+            // Up to its length a window hides nothing.
+            windowed: match model.window() {
+                Some(window) if furthest >= window => {
+                    Some(self.calls(&context, Some(window), options)?)
+                }
+                _ => None,
+            },
             places: upload(&places)?,
             cache,
         };
-        let rotary = model.rotary(&upload(&positions)?)?;
+        let rotations = model.rotations(&upload(&positions)?)?;
         let mut h = model.embed(&upload(&ids)?)?;
         for (layer, block) in model.blocks.iter().enumerate() {
-            h = block.forward(&h, &rotary, &mut |q, k, v| attention.forward(layer, q, k, v))?;
+            h = block
+                .forward(&h, &rotations, &mut |q, k, v| attention.forward(layer, block, q, k, v))?;
         }
         if wanted.len() == ids.len() {
             return Ok(h);
@@ -103,7 +110,20 @@ impl Step {
         h.f_index_select(0, &upload(&wanted)?)
     }
 
-    fn groups(&self, kind: Kind, device: Device) -> Result<Vec<Group>, TchError> {
+    fn calls(
+        &self,
+        context: &Context<'_>,
+        window: Option<i64>,
+        options: Options,
+    ) -> Result<Calls, TchError> {
+        Ok(Calls {
+            groups: self.groups(window, options)?,
+            runs: self.runs(context.cache, window, options)?,
+            beginnings: self.beginnings(context, window, options)?,
+        })
+    }
+
+    fn groups(&self, window: Option<i64>, options: Options) -> Result<Vec<Group>, TchError> {
         let single = |piece: &Piece| match piece.owner {
             Owner::Slot(slot) if piece.is_single() => Some((slot, piece.before as i64 + 1)),
             _ => None,
@@ -117,21 +137,27 @@ impl Step {
                 rows: range.len() as i64,
                 first_slot: rows[range.start].0,
                 columns,
-                mask: padding_mask(&lengths, columns, kind, device)?,
+                mask: padding_mask(&lengths, columns, window, options)?,
             })
         };
         grouped(&rows).into_iter().map(group).collect()
     }
 
-    fn runs(&self, cache: &KvCache, kind: Kind, device: Device) -> Result<Vec<Run>, TchError> {
+    fn runs(
+        &self,
+        cache: &KvCache,
+        window: Option<i64>,
+        options: Options,
+    ) -> Result<Vec<Run>, TchError> {
         let mut start = 0;
         let mut runs = Vec::new();
         for piece in &self.pieces {
             let (length, before) = (piece.tokens.len() as i64, piece.before as i64);
             if !piece.is_single() {
-                let mask = match before {
-                    0 => None,
-                    _ => Some(later_mask(before, length, kind, device)?),
+                let columns = before + length;
+                let mask = match (before, window.filter(|&window| window < columns)) {
+                    (0, None) => None,
+                    (_, window) => Some(causal_mask(before, [length, columns], window, options)?),
                 };
                 runs.push(Run { start, length, region: region(cache, piece), before, mask });
             }
@@ -140,30 +166,61 @@ impl Step {
         Ok(runs)
     }
 
-    /// Every shared stretch behind which a piece stands, once.
+    /// Every shared stretch behind which a piece stands, once, if any of it is in sight.
     fn beginnings(
         &self,
-        prefixes: &Prefixes,
-        stretches: &[Region],
-        device: Device,
+        context: &Context<'_>,
+        window: Option<i64>,
+        options: Options,
     ) -> Result<Vec<Beginning>, TchError> {
+        let Context { prefixes, stretches, positions, .. } = *context;
         let mut members = std::collections::BTreeMap::<usize, Vec<i64>>::new();
         let mut start = 0;
         for piece in &self.pieces {
             let end = start + piece.tokens.len() as i64;
             for stretch in prefixes.path(piece.behind) {
-                members.entry(stretch).or_default().extend(start..end);
+                let last = prefixes.stretches[stretch].tokens.end as i64 - 1;
+                let sees = |&token: &i64| {
+                    window.is_none_or(|window| positions[token as usize] - last < window)
+                };
+                let seeing: Vec<i64> = (start..end).filter(sees).collect();
+                if !seeing.is_empty() {
+                    members.entry(stretch).or_default().extend(seeing);
+                }
             }
             start = end;
         }
         let beginning = |(stretch, members): (usize, Vec<i64>)| {
+            let first = prefixes.stretches[stretch].tokens.start as i64;
+            let out_of_sight = |window: i64| -> Vec<i64> {
+                let hidden = |&token: &i64| (positions[token as usize] + 1 - window - first).max(0);
+                members.iter().map(hidden).collect()
+            };
+            let region = stretches[stretch];
             Ok(Beginning {
-                region: stretches[stretch],
-                members: Tensor::f_from_slice(&members)?.f_to_device(device)?,
+                region,
+                mask: match window.map(out_of_sight) {
+                    Some(hidden) => beginning_mask(&hidden, region.length, options)?,
+                    None => None,
+                },
+                members: Tensor::f_from_slice(&members)?.f_to_device(options.1)?,
             })
         };
         members.into_iter().map(beginning).collect()
     }
+}
+
+/// Kind and device of masks.
+type Options = (Kind, Device);
+
+/// Where a step's tokens are.
+struct Context<'a> {
+    cache: &'a KvCache,
+    prefixes: &'a Prefixes,
+    /// Where the pool has each shared stretch.
+    stretches: &'a [Region],
+    /// Of each token its place in its conversation.
+    positions: &'a [i64],
 }
 
 fn region(cache: &KvCache, piece: &Piece) -> Region {
@@ -195,35 +252,46 @@ fn grouped(rows: &[(usize, i64)]) -> Vec<Range<usize>> {
     groups
 }
 
-fn aligned(columns: i64) -> i64 {
-    (columns + MASK_ALIGNMENT - 1) / MASK_ALIGNMENT * MASK_ALIGNMENT
-}
-
-/// `[rows, 1, 1, columns]`: −∞ behind each row's end; none where there is nothing.
+/// `[rows, 1, 1, columns]`: −∞ behind each row's end, and ahead of the `window` that ends
+/// there; none where there is nothing.
 fn padding_mask(
     lengths: &[i64],
     columns: i64,
-    kind: Kind,
-    device: Device,
+    window: Option<i64>,
+    (kind, device): Options,
 ) -> Result<Option<Tensor>, TchError> {
-    if lengths.iter().all(|&length| length == columns) {
+    let window = window.filter(|&window| lengths.iter().any(|&length| length > window));
+    if window.is_none() && lengths.iter().all(|&length| length == columns) {
         return Ok(None);
     }
     let ends = Tensor::f_from_slice(lengths)?.f_to_device(device)?.f_view([-1, 1, 1, 1])?;
     let aligned = aligned(columns);
-    let behind = Tensor::f_arange(aligned, (Kind::Int64, device))?.f_ge_tensor(&ends)?;
+    let places = Tensor::f_arange(aligned, (Kind::Int64, device))?;
+    let mut hidden = places.f_ge_tensor(&ends)?;
+    if let Some(window) = window {
+        hidden = hidden.f_logical_or(&places.f_lt_tensor(&ends.f_sub_scalar(window)?)?)?;
+    }
     let mask = Tensor::f_zeros([lengths.len() as i64, 1, 1, aligned], (kind, device))?
-        .f_masked_fill_(&behind, f64::NEG_INFINITY)?;
+        .f_masked_fill_(&hidden, f64::NEG_INFINITY)?;
     Ok(Some(mask.f_narrow(3, 0, columns)?))
 }
 
-/// `[length, before + length]`: token i sees all `before` it, and 0 to i.
-fn later_mask(before: i64, length: i64, kind: Kind, device: Device) -> Result<Tensor, TchError> {
-    let columns = before + length;
+/// `[members, columns]`: −∞ for as many of a beginning's first tokens as are out of each
+/// member's sight; none where all see all.
+fn beginning_mask(
+    hidden: &[i64],
+    columns: i64,
+    (kind, device): Options,
+) -> Result<Option<Tensor>, TchError> {
+    if hidden.iter().all(|&tokens| tokens == 0) {
+        return Ok(None);
+    }
+    let ends = Tensor::f_from_slice(hidden)?.f_to_device(device)?.f_view([-1, 1])?;
     let aligned = aligned(columns);
-    Tensor::f_full([length, aligned], f64::NEG_INFINITY, (kind, device))?
-        .f_triu(before + 1)?
-        .f_narrow(1, 0, columns)
+    let hidden = Tensor::f_arange(aligned, (Kind::Int64, device))?.f_lt_tensor(&ends)?;
+    let mask = Tensor::f_zeros([ends.size()[0], aligned], (kind, device))?
+        .f_masked_fill_(&hidden, f64::NEG_INFINITY)?;
+    Ok(Some(mask.f_narrow(1, 0, columns)?))
 }
 
 #[cfg(test)]

@@ -1,13 +1,15 @@
 //! Who attends to whom: each pair by itself, y⁻ past y⁺.
 //!
 //! `[x, y⁺]` is plainly causal; y⁻'s queries see `[x, y⁻]`, so x is computed once
-//! and y⁻ never sees y⁺.
+//! and y⁻ never sees y⁺. Where a block has a window and a pair is longer, masks say
+//! so, by position.
 
 use tch::{TchError, Tensor};
 
-use super::kernel::Kernel;
+use super::kernel::{Kernel, Sight};
+use super::masks::PairMasks;
 use super::packing::{Packed, Span};
-use crate::model::Heads;
+use crate::model::{Block, Heads};
 
 /// What attention's backward needs beyond what went in and came out.
 #[derive(Debug)]
@@ -17,21 +19,23 @@ pub(super) struct Attention {
 }
 
 impl Attention {
-    /// Attends over packed pairs: `attended` is `[tokens, heads, head_dim]`, as the
+    /// `block`'s, over packed pairs: `attended` is `[tokens, heads, head_dim]`, as the
     /// queries are.
     pub(super) fn forward(
         packed: &Packed,
+        block: &Block,
         qkv: &Heads,
         attended: &Tensor,
     ) -> Result<Self, TchError> {
-        let pair = |(span, mask): (&Span, &Tensor)| {
+        let pair = |(span, masks): (&Span, &PairMasks)| {
+            let [of_chosen, of_rejected] = sights(masks, block);
             let [chosen, rejected] = inputs(span, qkv)?;
             Ok([
-                Kernel::forward(&chosen, None, &span.with_chosen().of(attended)?)?,
-                Kernel::forward(&rejected, Some(mask), &span.rejected().of(attended)?)?,
+                Kernel::forward(&chosen, of_chosen, &span.with_chosen().of(attended)?)?,
+                Kernel::forward(&rejected, of_rejected, &span.rejected().of(attended)?)?,
             ])
         };
-        let pairs = packed.spans.iter().zip(&packed.rejected_masks);
+        let pairs = packed.spans.iter().zip(&packed.masks);
         Ok(Self { calls: pairs.map(pair).collect::<Result<_, TchError>>()? })
     }
 
@@ -40,23 +44,26 @@ impl Attention {
     pub(super) fn backward(
         self,
         packed: &Packed,
+        block: &Block,
         qkv: &Heads,
         attended: &Tensor,
         gradient: &Tensor,
         by_qkv: &Heads,
     ) -> Result<(), TchError> {
-        let pairs = packed.spans.iter().zip(&packed.rejected_masks).zip(self.calls);
-        for ((span, mask), [first, second]) in pairs {
+        let pairs = packed.spans.iter().zip(&packed.masks).zip(self.calls);
+        for ((span, masks), [first, second]) in pairs {
+            let [of_chosen, of_rejected] = sights(masks, block);
             let [chosen, rejected] = inputs(span, qkv)?;
             let rows = span.with_chosen();
-            let by = first.backward(&chosen, None, &rows.of(attended)?, &rows.of(gradient)?)?;
+            let by =
+                first.backward(&chosen, of_chosen, &rows.of(attended)?, &rows.of(gradient)?)?;
             rows.of(&by_qkv.queries)?.f_copy_(&by.queries)?;
             rows.of(&by_qkv.keys)?.f_copy_(&by.keys)?;
             rows.of(&by_qkv.values)?.f_copy_(&by.values)?;
 
             let rows = span.rejected();
-            let by =
-                second.backward(&rejected, Some(mask), &rows.of(attended)?, &rows.of(gradient)?)?;
+            let (attended, gradient) = (rows.of(attended)?, rows.of(gradient)?);
+            let by = second.backward(&rejected, of_rejected, &attended, &gradient)?;
             rows.of(&by_qkv.queries)?.f_copy_(&by.queries)?;
             // x was attended to by both: the second time as the beginning of [x, y⁻].
             for (whole, part) in [(&by_qkv.keys, by.keys), (&by_qkv.values, by.values)] {
@@ -74,6 +81,11 @@ pub(super) struct Qkv {
     pub(super) queries: Tensor,
     pub(super) keys: Tensor,
     pub(super) values: Tensor,
+}
+
+/// What `block`'s two calls for a pair see.
+fn sights<'a>(masks: &'a PairMasks, block: &Block) -> [Sight<'a>; 2] {
+    masks.of(block.window().is_some()).map(|mask| Sight { mask, scale: block.attention_scale() })
 }
 
 /// A pair's two calls: those of `[x, y⁺]`, and y⁻'s queries with `[x, y⁻]`.

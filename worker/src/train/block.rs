@@ -1,20 +1,26 @@
 //! One decoder block on one micro-batch: forward, and backward by hand.
 //!
 //! ```text
-//! n₁ = norm₁(h)        qkv = rotate(n₁ Wqkvᵀ)      a = attention(qkv)      m = h + a Wₒᵀ
-//! n₂ = norm₂(m)        [g, u] = n₂ Wguᵀ            s = silu(g) ⊙ u         h' = m + s W𝒹ᵀ
+//! n₁ = norm₁(h)        qkv = rotate(n₁ Wqkvᵀ)      a = attention(qkv)      m = h + o,   o = a Wₒᵀ
+//! n₂ = norm₂(m)        [g, u] = n₂ Wguᵀ            s = φ(g) ⊙ u            h' = m + d,  d = s W𝒹ᵀ
 //! ```
 //!
-//! Kept for backward are h, qkv, a, m and [g, u]; n₁, n₂ and s are made again. Matrix
+//! Some families norm each head of queries and keys ahead of the rotation, and some what
+//! attention and MLP add to the residual, o and d.
+//!
+//! Kept for backward are h, qkv, a, m and [g, u], and o and d where they are normed; n₁, n₂
+//! and s are made again, and so is what comes of qkv where its heads are normed. Matrix
 //! products run over all rows at once: libtorch gives those of some hundred rows and
 //! narrow outputs to one core alone. What lies between them goes through a few rows
 //! at a time ([`Tiles`]), so that its many small passes stay in the cores' caches.
+
+mod norms;
 
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::attention::Attention;
 use super::packing::{Packed, Rows};
-use crate::model::ops::{Linear, NormGradients, RmsNorm, swiglu_backward, swiglu_into};
+use crate::model::ops::Linear;
 use crate::model::{Block, ModelConfig, PerBlock, Rotary};
 
 /// Bytes of a tile of [g, u], where it is widest, on a CPU. From a quarter of this to
@@ -57,15 +63,26 @@ pub(super) struct BlockPass<'a> {
 pub(super) struct Kept {
     /// h, `[tokens, hidden]`.
     input: Tensor,
-    /// Rotated, `[tokens, (heads + 2 kv_heads) · head_dim]`.
+    /// `[tokens, (heads + 2 kv_heads) · head_dim]`: rotated, or as projected where its heads
+    /// are normed.
     qkv: Tensor,
     attention: Attention,
     /// a, `[tokens, heads · head_dim]`.
     attended: Tensor,
+    /// o, `[tokens, hidden]`, where it is normed.
+    attention_output: Option<Tensor>,
     /// m, `[tokens, hidden]`.
     middle: Tensor,
+    mlp: KeptMlp,
+}
+
+/// What the MLP's backward needs beside m.
+#[derive(Debug)]
+struct KeptMlp {
     /// [g, u], `[tokens, 2 · intermediate]`.
     gate_up: Tensor,
+    /// d, `[tokens, hidden]`, where it is normed.
+    output: Option<Tensor>,
 }
 
 /// Takes the gradient by one of the block's weights, named by its place.
@@ -76,10 +93,10 @@ impl BlockPass<'_> {
     pub(super) fn forward(&self, input: &Tensor) -> Result<Tensor, TchError> {
         let qkv = self.queries_keys_values(input)?;
         let attended = self.like_queries(&qkv)?;
-        let heads = self.block.by_head(&qkv)?;
-        Attention::forward(self.packed, &heads, &self.by_query_head(&attended)?)?;
+        let heads = self.attended_heads(&qkv)?;
+        Attention::forward(self.packed, self.block, &heads, &self.by_query_head(&attended)?)?;
         drop((heads, qkv));
-        let middle = self.add_attended(input, &attended)?;
+        let (middle, _) = self.add_attended(input, &attended)?;
         Ok(self.add_mlp(&middle)?.0)
     }
 
@@ -87,12 +104,13 @@ impl BlockPass<'_> {
     pub(super) fn record(&self, input: &Tensor) -> Result<(Tensor, Kept), TchError> {
         let qkv = self.queries_keys_values(input)?;
         let attended = self.like_queries(&qkv)?;
-        let heads = self.block.by_head(&qkv)?;
-        let attention = Attention::forward(self.packed, &heads, &self.by_query_head(&attended)?)?;
-        let middle = self.add_attended(input, &attended)?;
-        let (output, gate_up) = self.add_mlp(&middle)?;
+        let heads = self.attended_heads(&qkv)?;
+        let by_head = self.by_query_head(&attended)?;
+        let attention = Attention::forward(self.packed, self.block, &heads, &by_head)?;
+        let (middle, attention_output) = self.add_attended(input, &attended)?;
+        let (output, mlp) = self.add_mlp(&middle)?;
         let input = input.shallow_clone();
-        Ok((output, Kept { input, qkv, attention, attended, middle, gate_up }))
+        Ok((output, Kept { input, qkv, attention, attended, attention_output, middle, mlp }))
     }
 
     /// Bytes that [`Self::record`] keeps of a block for `tokens` tokens.
@@ -100,7 +118,9 @@ impl BlockPass<'_> {
         let out = |layer: Linear<'_>| layer.weight.size()[0];
         let hidden = out(block.output());
         let attended = block.output().weight.size()[1];
-        let width = 2 * hidden + out(block.qkv()) + attended + out(block.gate_up());
+        let normed_outputs = [block.attention_output_norm(), block.mlp_output_norm()];
+        let of_hidden = 2 + normed_outputs.iter().flatten().count() as i64;
+        let width = of_hidden * hidden + out(block.qkv()) + attended + out(block.gate_up());
         (tokens * width) as u64 * kind.elt_size_in_bytes() as u64
     }
 
@@ -117,79 +137,99 @@ impl BlockPass<'_> {
         add: &mut AddGradient<'_>,
     ) -> Result<Tensor, TchError> {
         let places = self.block.places();
-        let Kept { input, qkv, attention, attended, middle, gate_up } = kept;
-        let by_middle = self.mlp_backward(&middle, &gate_up, gradient, &places, add)?;
-        drop((middle, gate_up));
+        let Kept { input, qkv, attention, attended, attention_output, middle, mlp } = kept;
+        let by_middle = self.mlp_backward(&middle, mlp, gradient, &places, add)?;
+        drop(middle);
 
-        let by_attended = self.block.output().backward(&by_middle)?;
-        add(places.output, &Linear::by_weight(&by_middle, &attended)?)?;
+        let norm = self.block.attention_output_norm().zip(places.attention_output_norm);
+        let by_output = self.output_norm_backward(norm, attention_output, &by_middle, add)?;
+        let by_attended = self.block.output().backward(&by_output)?;
+        add(places.output, &Linear::by_weight(&by_output, &attended)?)?;
         if let Some(place) = places.output_bias {
-            add(place, &Linear::by_bias(&by_middle)?)?;
+            add(place, &Linear::by_bias(&by_output)?)?;
         }
+        drop(by_output);
         let by_qkv = qkv.f_empty_like()?;
         attention.backward(
             self.packed,
-            &self.block.by_head(&qkv)?,
+            self.block,
+            &self.attended_heads(&qkv)?,
             &self.by_query_head(&attended)?,
             &self.by_query_head(&by_attended)?,
             &self.block.by_head(&by_qkv)?,
         )?;
-        drop((attended, qkv, by_attended));
+        drop((attended, by_attended));
+        self.turn(&by_qkv, &self.rotary.inverse()?)?;
+        self.head_norms_backward(&qkv, &by_qkv, &places, add)?;
+        drop(qkv);
         self.queries_keys_values_backward(&input, &by_qkv, &by_middle, &places, add)
     }
 
-    /// qkv = rotate(norm₁(h) Wqkvᵀ).
+    /// qkv = norm₁(h) Wqkvᵀ, and rotated where its heads are not normed ahead of that.
     fn queries_keys_values(&self, input: &Tensor) -> Result<Tensor, TchError> {
         let normed = self.norm(self.block.input_norm(), input)?;
         let qkv = self.block.qkv().forward(&normed)?;
-        self.turn(&qkv, self.rotary)?;
+        if self.block.head_norms().is_none() {
+            self.turn(&qkv, self.rotary)?;
+        }
         Ok(qkv)
     }
 
-    /// m = h + a Wₒᵀ.
-    fn add_attended(&self, input: &Tensor, attended: &Tensor) -> Result<Tensor, TchError> {
-        self.block.output().forward(attended)?.f_add_(input)
+    /// m = h + o, and o where it is normed on its way.
+    fn add_attended(
+        &self,
+        input: &Tensor,
+        attended: &Tensor,
+    ) -> Result<(Tensor, Option<Tensor>), TchError> {
+        let output = self.block.output().forward(attended)?;
+        self.add_to_residual(output, self.block.attention_output_norm(), input)
     }
 
-    /// h' = m + s W𝒹ᵀ, and [g, u].
-    fn add_mlp(&self, middle: &Tensor) -> Result<(Tensor, Tensor), TchError> {
+    /// h' = m + d, and what is kept.
+    fn add_mlp(&self, middle: &Tensor) -> Result<(Tensor, KeptMlp), TchError> {
         let normed = self.norm(self.block.mlp_norm(), middle)?;
         let gate_up = self.block.gate_up().forward(&normed)?;
         drop(normed);
         let activated = empty_like(middle, self.block.down().weight.size()[1])?;
+        let activation = self.block.activation();
         for rows in self.tiles.iter() {
-            swiglu_into(&rows.of(&gate_up)?, &rows.of(&activated)?)?;
+            activation.gated_into(&rows.of(&gate_up)?, &rows.of(&activated)?)?;
         }
-        let output = self.block.down().forward(&activated)?.f_add_(middle)?;
-        Ok((output, gate_up))
+        let output = self.block.down().forward(&activated)?;
+        let (sum, output) = self.add_to_residual(output, self.block.mlp_output_norm(), middle)?;
+        Ok((sum, KeptMlp { gate_up, output }))
     }
 
-    /// Gradient by m. `gate_up` is overwritten with the gradient by it.
+    /// Gradient by m. [g, u] is overwritten with the gradient by it.
     fn mlp_backward(
         &self,
         middle: &Tensor,
-        gate_up: &Tensor,
+        kept: KeptMlp,
         gradient: &Tensor,
         places: &PerBlock<usize>,
         add: &mut AddGradient<'_>,
     ) -> Result<Tensor, TchError> {
-        let by_activated = self.block.down().backward(gradient)?;
+        let KeptMlp { gate_up, output } = kept;
+        let norm = self.block.mlp_output_norm().zip(places.mlp_output_norm);
+        let by_output = self.output_norm_backward(norm, output, gradient, add)?;
+        let by_activated = self.block.down().backward(&by_output)?;
         let activated = by_activated.f_empty_like()?;
+        let activation = self.block.activation();
         for rows in self.tiles.iter() {
-            swiglu_backward(&rows.of(gate_up)?, &rows.of(&by_activated)?, &rows.of(&activated)?)?;
+            let (by_activated, activated) = (rows.of(&by_activated)?, rows.of(&activated)?);
+            activation.gated_backward(&rows.of(&gate_up)?, &by_activated, &activated)?;
         }
-        add(places.down, &Linear::by_weight(gradient, &activated)?)?;
-        drop((activated, by_activated));
+        add(places.down, &Linear::by_weight(&by_output, &activated)?)?;
+        drop((activated, by_activated, by_output));
 
-        let by_normed = self.block.gate_up().backward(gate_up)?;
+        let by_normed = self.block.gate_up().backward(&gate_up)?;
         let norm = self.norm_backward(self.block.mlp_norm(), middle, &by_normed, gradient)?;
-        add(places.gate_up, &Linear::by_weight(gate_up, &norm.output)?)?;
+        add(places.gate_up, &Linear::by_weight(&gate_up, &norm.output)?)?;
         add(places.mlp_norm, &norm.by_weight)?;
         Ok(norm.by_input)
     }
 
-    /// Gradient by h, given those by qkv, which is turned back, and by m, on the
-    /// residual's way.
+    /// Gradient by h, given those by qkv as it was projected, and by m, on the residual's way.
     fn queries_keys_values_backward(
         &self,
         input: &Tensor,
@@ -198,7 +238,6 @@ impl BlockPass<'_> {
         places: &PerBlock<usize>,
         add: &mut AddGradient<'_>,
     ) -> Result<Tensor, TchError> {
-        self.turn(by_qkv, &self.rotary.inverse()?)?;
         if let Some(place) = places.qkv_bias {
             add(place, &Linear::by_bias(by_qkv)?)?;
         }
@@ -218,33 +257,6 @@ impl BlockPass<'_> {
         Ok(())
     }
 
-    fn norm(&self, norm: RmsNorm<'_>, x: &Tensor) -> Result<Tensor, TchError> {
-        let output = x.f_empty_like()?;
-        for rows in self.tiles.iter() {
-            norm.forward_into(&rows.of(x)?, &rows.of(&output)?)?;
-        }
-        Ok(output)
-    }
-
-    /// `residual`, the gradient that reaches x past the norm, is added to that by x.
-    fn norm_backward(
-        &self,
-        norm: RmsNorm<'_>,
-        x: &Tensor,
-        gradient: &Tensor,
-        residual: &Tensor,
-    ) -> Result<NormBackward, TchError> {
-        let (output, by_input) = (x.f_empty_like()?, x.f_empty_like()?);
-        let mut by_weight = Tensor::f_zeros(norm.weight.size(), (Kind::Float, x.device()))?;
-        for rows in self.tiles.iter() {
-            let NormGradients { by_input: mut by_x, by_weight: by_w } =
-                norm.backward(&rows.of(x)?, &rows.of(gradient)?, &rows.of(&output)?)?;
-            rows.of(&by_input)?.f_copy_(&by_x.f_add_(&rows.of(residual)?)?)?;
-            let _ = by_weight.f_add_(&by_w)?;
-        }
-        Ok(NormBackward { output, by_input, by_weight })
-    }
-
     fn like_queries(&self, qkv: &Tensor) -> Result<Tensor, TchError> {
         empty_like(qkv, self.block.output().weight.size()[1])
     }
@@ -253,16 +265,6 @@ impl BlockPass<'_> {
     fn by_query_head(&self, attended: &Tensor) -> Result<Tensor, TchError> {
         attended.f_view([-1, self.block.heads(), self.block.head_dim()])
     }
-}
-
-/// What a norm's backward comes to over all tiles.
-struct NormBackward {
-    /// The norm's output again, `[tokens, hidden]`.
-    output: Tensor,
-    /// Gradient by its input, the residual's included: `[tokens, hidden]`.
-    by_input: Tensor,
-    /// Gradient by its weight, `[hidden]`, fp32.
-    by_weight: Tensor,
 }
 
 /// As many rows as `like` has, of `width` elements.

@@ -10,6 +10,22 @@ use tch::{Device, TchError, Tensor};
 use super::attention::Qkv;
 use crate::model::ops::operands;
 
+/// Which scores a call takes, and how.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sight<'a> {
+    /// `[queries, keys]`, added to the scores, of the kind in which matrices are multiplied;
+    /// where there is none, query i sees the keys from 0 to i.
+    pub(super) mask: Option<&'a Tensor>,
+    /// What scores are multiplied by.
+    pub(super) scale: f64,
+}
+
+impl Sight<'_> {
+    fn is_causal(&self) -> bool {
+        self.mask.is_none()
+    }
+}
+
 /// What one call leaves for its backward.
 #[derive(Debug)]
 pub(super) enum Kernel {
@@ -24,23 +40,21 @@ pub(super) enum Kernel {
 }
 
 impl Kernel {
-    /// Attends, causally where there is no `mask`; to `attended`, `[queries, heads,
-    /// head_dim]`. `mask`, `[queries, keys]`, is added to the scores; it is of the kind in
-    /// which matrices are multiplied.
+    /// Attends; to `attended`, `[queries, heads, head_dim]`.
     pub(super) fn forward(
         qkv: &Qkv,
-        mask: Option<&Tensor>,
+        sight: Sight<'_>,
         attended: &Tensor,
     ) -> Result<Self, TchError> {
         match attended.device() {
             // A reply that is not there; kernels want queries.
             _ if attended.size()[0] == 0 => Ok(Self::Flash(attended.shallow_clone())),
-            Device::Cpu => Self::flash(qkv, mask, attended),
-            _ => Self::recorded(qkv, mask, attended),
+            Device::Cpu => Self::flash(qkv, sight, attended),
+            _ => Self::recorded(qkv, sight, attended),
         }
     }
 
-    fn flash(qkv: &Qkv, mask: Option<&Tensor>, attended: &Tensor) -> Result<Self, TchError> {
+    fn flash(qkv: &Qkv, sight: Sight<'_>, attended: &Tensor) -> Result<Self, TchError> {
         let group = group(qkv);
         let [queries, keys, values] = operands([&qkv.queries, &qkv.keys, &qkv.values])?;
         let (output, log_sum_exp) = Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu(
@@ -48,15 +62,15 @@ impl Kernel {
             &repeated(&keys, group)?,
             &repeated(&values, group)?,
             0.0,
-            mask.is_none(),
-            mask,
-            None,
+            sight.is_causal(),
+            sight.mask,
+            sight.scale,
         )?;
         attended.shallow_clone().f_copy_(&token_major(&output)?)?;
         Ok(Self::Flash(log_sum_exp))
     }
 
-    fn recorded(qkv: &Qkv, mask: Option<&Tensor>, attended: &Tensor) -> Result<Self, TchError> {
+    fn recorded(qkv: &Qkv, sight: Sight<'_>, attended: &Tensor) -> Result<Self, TchError> {
         let leaf =
             |x: &Tensor| Ok::<_, TchError>(head_major(x)?.f_detach()?.set_requires_grad(true));
         let leaves = [leaf(&qkv.queries)?, leaf(&qkv.keys)?, leaf(&qkv.values)?];
@@ -65,7 +79,7 @@ impl Kernel {
         // takes a mask but wants as many heads of keys as of queries: with both, libtorch would
         // write the scores out.
         let group = group(qkv);
-        let repeat = mask.is_some() && group > 1;
+        let repeat = !sight.is_causal() && group > 1;
         let output = tch::with_grad(|| {
             let spread = |x: &Tensor| match repeat {
                 true => x.f_repeat_interleave_self_int(group, 1, None),
@@ -75,10 +89,10 @@ impl Kernel {
                 queries,
                 &spread(keys)?,
                 &spread(values)?,
-                mask,
+                sight.mask,
                 0.0,
-                mask.is_none(),
-                None::<f64>,
+                sight.is_causal(),
+                sight.scale,
                 group > 1 && !repeat,
             )
         })?;
@@ -91,7 +105,7 @@ impl Kernel {
     pub(super) fn backward(
         self,
         qkv: &Qkv,
-        mask: Option<&Tensor>,
+        sight: Sight<'_>,
         attended: &Tensor,
         gradient: &Tensor,
     ) -> Result<Qkv, TchError> {
@@ -109,9 +123,9 @@ impl Kernel {
                         &head_major(&attended)?,
                         &log_sum_exp,
                         0.0,
-                        mask.is_none(),
-                        mask,
-                        None,
+                        sight.is_causal(),
+                        sight.mask,
+                        sight.scale,
                     )?;
                 Ok(Qkv {
                     queries: token_major(&queries)?,
@@ -190,14 +204,13 @@ mod tests {
                     values: random(kv_heads, keys),
                 };
                 let gradient = random(heads, 5);
-                let run =
-                    |forward: fn(&Qkv, Option<&Tensor>, &Tensor) -> Result<Kernel, TchError>| {
-                        let attended = gradient.empty_like();
-                        let kernel = forward(&qkv, mask.as_ref(), &attended).unwrap();
-                        let by =
-                            kernel.backward(&qkv, mask.as_ref(), &attended, &gradient).unwrap();
-                        [attended, by.queries, by.keys, by.values]
-                    };
+                let sight = Sight { mask: mask.as_ref(), scale: 0.3 };
+                let run = |forward: fn(&Qkv, Sight<'_>, &Tensor) -> Result<Kernel, TchError>| {
+                    let attended = gradient.empty_like();
+                    let kernel = forward(&qkv, sight, &attended).unwrap();
+                    let by = kernel.backward(&qkv, sight, &attended, &gradient).unwrap();
+                    [attended, by.queries, by.keys, by.values]
+                };
                 for (ours, theirs) in run(Kernel::flash).iter().zip(&run(Kernel::recorded)) {
                     assert_eq!(ours.size(), theirs.size());
                     let difference = ((ours - theirs).norm() / theirs.norm()).double_value(&[]);

@@ -28,6 +28,7 @@ mod error;
 mod gradients;
 mod head;
 mod kernel;
+mod masks;
 mod memory;
 mod objective;
 mod optimizer;

@@ -5,6 +5,7 @@ use std::ops::Range;
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::error::TrainError;
+use super::masks::PairMasks;
 use super::types::{MicroBatch, TokenPair};
 use crate::model::ops::product_kind;
 
@@ -75,9 +76,8 @@ pub(super) struct Packed {
     pub(super) ids: Tensor,
     /// Positions, `[tokens]`, i64; those of y⁻ continue from x.
     pub(super) positions: Tensor,
-    /// For each pair what y⁻'s queries may not see of `[x, y⁻]`: 0 or −∞ in
-    /// `[rejected, prompt + rejected]`, to be added to the scores.
-    pub(super) rejected_masks: Vec<Tensor>,
+    /// What each pair's queries may not see.
+    pub(super) masks: Vec<PairMasks>,
     /// Packed index of the hidden state that predicts a row, `[rows]`, i64.
     pub(super) predictors: Tensor,
     /// Token id to be predicted, `[rows]`, i64.
@@ -91,11 +91,17 @@ pub(super) struct Packed {
 }
 
 impl Packed {
-    /// Lays `batch` out on `device`, for computing in `kind`.
-    pub(super) fn new(batch: &MicroBatch, kind: Kind, device: Device) -> Result<Self, TchError> {
+    /// Lays `batch` out on `device`, for computing in `kind`. `window` is that of the model's
+    /// blocks that have one.
+    pub(super) fn new(
+        batch: &MicroBatch,
+        window: Option<i64>,
+        kind: Kind,
+        device: Device,
+    ) -> Result<Self, TchError> {
         let (mut ids, mut positions) = (Vec::new(), Vec::new());
         let (mut predictors, mut targets) = (Vec::new(), Vec::new());
-        let (mut spans, mut rejected_masks) = (Vec::new(), Vec::new());
+        let (mut spans, mut masks) = (Vec::new(), Vec::new());
         for pair in &batch.pairs {
             let span = Span {
                 start: ids.len() as i64,
@@ -116,7 +122,7 @@ impl Packed {
                 predictors.extend(rejected_start..rejected_start + span.rejected - 1);
             }
             targets.extend(pair.chosen.iter().chain(&pair.rejected).copied().map(i64::from));
-            rejected_masks.push(rejected_mask(&span, product_kind(kind, device), device)?);
+            masks.push(PairMasks::new(&span, window, product_kind(kind, device), device)?);
             spans.push(span);
         }
         let tensor = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(device);
@@ -129,7 +135,7 @@ impl Packed {
             rows: targets.len() as i64,
             host_ids: ids,
             spans,
-            rejected_masks,
+            masks,
         })
     }
 
@@ -142,12 +148,6 @@ impl Packed {
             Some((start..middle, middle..*next))
         })
     }
-}
-
-/// 0 where a token of y⁻ may look: all of x, and y⁻ up to itself.
-fn rejected_mask(span: &Span, kind: Kind, device: Device) -> Result<Tensor, TchError> {
-    let shape = [span.rejected, span.prompt + span.rejected];
-    Tensor::f_full(shape, f64::NEG_INFINITY, (kind, device))?.f_triu(span.prompt + 1)
 }
 
 /// What pairs are computed for.
@@ -214,7 +214,7 @@ mod tests {
         let batch = MicroBatch {
             pairs: vec![pair(&[10, 11], &[20, 21, 22], &[30]), pair(&[12], &[23], &[31, 32])],
         };
-        let packed = Packed::new(&batch, Kind::Float, Device::Cpu).unwrap();
+        let packed = Packed::new(&batch, None, Kind::Float, Device::Cpu).unwrap();
         assert_eq!(host(&packed.ids), [10, 11, 20, 21, 22, 30, 12, 23, 31, 32]);
         assert_eq!(packed.host_ids, host(&packed.ids));
         assert_eq!(host(&packed.positions), [0, 1, 2, 3, 4, 2, 0, 1, 1, 2]);
@@ -224,16 +224,6 @@ mod tests {
         let replies: Vec<_> = packed.replies().collect();
         assert_eq!(replies, [(0..3, 3..4), (4..5, 5..7)]);
         assert_eq!((packed.tokens, packed.rows), (10, 7));
-    }
-
-    #[test]
-    fn rejected_tokens_see_the_prompt_and_themselves() {
-        let span = Span { start: 0, prompt: 2, chosen: 5, rejected: 3 };
-        let mask = rejected_mask(&span, Kind::Float, Device::Cpu).unwrap();
-        let hidden = f32::NEG_INFINITY;
-        let expected =
-            [[0., 0., 0., hidden, hidden], [0., 0., 0., 0., hidden], [0., 0., 0., 0., 0.]];
-        assert_eq!(Vec::<Vec<f32>>::try_from(&mask).unwrap(), expected.map(Vec::from));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use super::trace::Tracer;
 use super::types::Recompute;
 use crate::collective::ProcessGroup;
 use crate::model::ops::operands;
-use crate::model::{Block, Decoder, Rotary};
+use crate::model::{Block, Decoder, Rotations};
 
 /// The policy on one micro-batch: what scoring and training have in common.
 pub(super) struct Pass<'a> {
@@ -46,7 +46,7 @@ pub(super) struct Recording {
     selected: Tensor,
     /// The same behind it.
     normed: Tensor,
-    rotary: Rotary,
+    rotations: Rotations,
     /// What the head says of the rows.
     pub(super) scores: RowScores,
 }
@@ -64,11 +64,11 @@ impl Pass<'_> {
     /// Scores of all rows, recording nothing.
     pub(super) fn score(&self) -> Result<RowScores, TrainError> {
         tch::no_grad(|| {
-            let rotary = self.policy.rotary(&self.packed.positions)?;
+            let rotations = self.policy.rotations(&self.packed.positions)?;
             let mut hidden = self.policy.embed(&self.packed.ids)?;
             for block in &self.policy.blocks {
                 self.check_stop()?;
-                hidden = self.block(block, &rotary).forward(&hidden)?;
+                hidden = self.block(block, &rotations).forward(&hidden)?;
             }
             let head = self.head();
             head.scores(&self.policy.final_norm(&head.select(&hidden)?)?)
@@ -78,13 +78,13 @@ impl Pass<'_> {
     /// The same scores, recorded for [`Self::backward`].
     pub(super) fn record(&self) -> Result<Recording, TrainError> {
         tch::no_grad(|| {
-            let rotary = self.policy.rotary(&self.packed.positions)?;
+            let rotations = self.policy.rotations(&self.packed.positions)?;
             let mut hidden = self.policy.embed(&self.packed.ids)?;
             let mut blocks = Vec::with_capacity(self.policy.blocks.len());
             let recomputed = self.recomputed_blocks();
             for (index, block) in self.policy.blocks.iter().enumerate() {
                 self.check_stop()?;
-                let pass = self.block(block, &rotary);
+                let pass = self.block(block, &rotations);
                 let _forward = self.tracer.span(|| format!("block {index} forward"));
                 if index < recomputed {
                     let output = pass.forward(&hidden)?;
@@ -99,7 +99,7 @@ impl Pass<'_> {
             let selected = head.select(&hidden)?;
             let normed = self.policy.final_norm(&selected)?;
             let scores = head.scores(&normed)?;
-            Ok(Recording { blocks, selected, normed, rotary, scores })
+            Ok(Recording { blocks, selected, normed, rotations, scores })
         })
     }
 
@@ -111,14 +111,14 @@ impl Pass<'_> {
         coefficients: &[f32],
         sink: &mut Sink<'_>,
     ) -> Result<(), TrainError> {
-        let Recording { mut blocks, selected, normed, rotary, .. } = recording;
+        let Recording { mut blocks, selected, normed, rotations, .. } = recording;
         tch::no_grad(|| {
             let mut gradient = self.head_backward(&selected, &normed, coefficients, sink)?;
             sink.complete(Buckets::HEAD)?;
             for (index, block) in self.policy.blocks.iter().enumerate().rev() {
                 self.check_stop()?;
                 let Some(recorded) = blocks.pop() else { break };
-                let pass = self.block(block, &rotary);
+                let pass = self.block(block, &rotations);
                 let backward = self.tracer.span(|| format!("block {index} backward"));
                 let kept = match recorded {
                     Recorded::Whole(kept) => *kept,
@@ -157,8 +157,7 @@ impl Pass<'_> {
                 }
             })
         })?;
-        let norm =
-            self.policy.last_norm().backward(selected, &by_normed, &normed.f_empty_like()?)?;
+        let norm = self.policy.last_norm().backward(selected, &by_normed, None)?;
         sink.gradients.add(sink.buckets, Buckets::NORM, &norm.by_weight)?;
         Ok(head.spread(&norm.by_input.f_to_kind(self.policy.kind())?)?)
     }
@@ -188,23 +187,26 @@ impl Pass<'_> {
         }
         let index = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(device);
         let by_token = gradient.f_index_select(0, &index(&tokens)?)?.f_to_kind(Kind::Float)?;
-        let by_id = Tensor::f_embedding_dense_backward(
+        let mut by_id = Tensor::f_embedding_dense_backward(
             &by_token,
             &index(&segments)?,
             ids.len() as i64,
             -1,
             false,
         )?;
+        if let Some(scale) = self.policy.embedding_scale() {
+            by_id = by_id.f_mul_scalar_(scale)?;
+        }
         sink.gradients.add_in_place(sink.buckets, sink.buckets.embedding(), |sum| {
             sum.f_index_add_(0, &index(&ids)?, &by_id).map(drop)
         })
     }
 
-    fn block<'a>(&'a self, block: &'a Block, rotary: &'a Rotary) -> BlockPass<'a> {
+    fn block<'a>(&'a self, block: &'a Block, rotations: &'a Rotations) -> BlockPass<'a> {
         let Packed { tokens, .. } = *self.packed;
         let width = block.gate_up().weight.size()[0];
         let tiles = Tiles::new(tokens, width, self.policy.kind(), self.policy.device());
-        BlockPass { block, packed: self.packed, rotary, tiles }
+        BlockPass { block, packed: self.packed, rotary: block.rotary(rotations), tiles }
     }
 
     /// How many blocks, from the first, keep their input alone. The last ones

@@ -322,7 +322,7 @@ fn add(first: ReductionTimes, second: ReductionTimes) -> ReductionTimes {
 }
 
 fn pack(policy: &Decoder, batch: &MicroBatch) -> Result<Packed, TrainError> {
-    Ok(Packed::new(batch, policy.kind(), policy.device())?)
+    Ok(Packed::new(batch, policy.window(), policy.kind(), policy.device())?)
 }
 
 fn check_share(step: &TrainStep, vocabulary: i64) -> Result<(), TrainError> {

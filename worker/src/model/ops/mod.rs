@@ -4,16 +4,19 @@
 //! exactly what its backward needs, and elementwise work can go through a few
 //! rows at a time while they are in cache.
 
+mod gated;
 mod linear;
+mod mask;
 mod norm;
 mod product;
-mod swiglu;
 
+pub use gated::Activation;
 pub(crate) use linear::Linear;
+pub(crate) use mask::{aligned, causal_mask};
+pub use norm::NormScale;
 pub(crate) use norm::{NormGradients, RmsNorm};
 pub use product::product_kind;
 pub(crate) use product::{multiply, operand, operands};
-pub(crate) use swiglu::{swiglu, swiglu_backward, swiglu_into};
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]

@@ -1,12 +1,23 @@
-//! RMSNorm: y = w ⊙ x̂, x̂ = x / √(mean(x²) + ε).
+//! RMSNorm: y = s ⊙ x̂, x̂ = x / √(mean(x²) + ε), with s = w or 1 + w.
 
 use tch::{Kind, TchError, Tensor};
+
+/// What a norm's weight w says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormScale {
+    /// s = w, applied to x̂ rounded to the kind of x: Llama and all that follow it.
+    Weight,
+    /// s = 1 + w, applied in fp32, and rounded once: Gemma.
+    OnePlusWeight,
+}
 
 /// RMSNorm over the last dimension.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct RmsNorm<'a> {
-    /// w, `[hidden]`.
+    /// w, `[width]`.
     pub(crate) weight: &'a Tensor,
+    /// What w says.
+    pub(crate) scale: NormScale,
     /// ε.
     pub(crate) eps: f64,
 }
@@ -14,41 +25,68 @@ pub(crate) struct RmsNorm<'a> {
 /// What comes out of a norm's backward.
 #[derive(Debug)]
 pub(crate) struct NormGradients {
-    /// By x, `[rows, hidden]`, fp32.
+    /// By x, `[rows, width]`, fp32.
     pub(crate) by_input: Tensor,
-    /// By w, `[hidden]`, fp32.
+    /// By w, `[width]`, fp32.
     pub(crate) by_weight: Tensor,
 }
 
 impl RmsNorm<'_> {
-    /// As transformers computes it: fp32 inside, rounded to the kind of `x`, then
-    /// times w. Handing libtorch the weight would multiply before rounding.
+    /// As transformers computes it: `x` (`[…, width]`) → the same shape and kind. Handing
+    /// libtorch w would multiply before rounding.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor, TchError> {
-        x.f_rms_norm(self.weight.size(), None::<&Tensor>, self.eps)?.f_mul(self.weight)
+        let normed = self.normed(x)?;
+        match self.scale {
+            NormScale::Weight => normed.f_mul(self.weight),
+            NormScale::OnePlusWeight => normed.f_mul(&self.factor()?)?.f_to_kind(x.kind()),
+        }
     }
 
     /// As [`Self::forward`], into `out`, which is shaped as `x`.
     pub(crate) fn forward_into(&self, x: &Tensor, out: &Tensor) -> Result<(), TchError> {
-        let normed = x.f_rms_norm(self.weight.size(), None::<&Tensor>, self.eps)?;
-        normed.f_mul_out(out, self.weight).map(drop)
+        let normed = self.normed(x)?;
+        match self.scale {
+            NormScale::Weight => normed.f_mul_out(out, self.weight).map(drop),
+            NormScale::OnePlusWeight => {
+                out.shallow_clone().f_copy_(&normed.f_mul(&self.factor()?)?)
+            }
+        }
     }
 
-    /// With r = 1 / √(mean(x²) + ε), g = w ⊙ dy and `gradient` = dy:
+    /// x̂, in the kind in which s is applied.
+    fn normed(&self, x: &Tensor) -> Result<Tensor, TchError> {
+        let x = match self.scale {
+            NormScale::Weight => x.shallow_clone(),
+            NormScale::OnePlusWeight => x.f_to_kind(Kind::Float)?,
+        };
+        x.f_rms_norm(self.weight.size(), None::<&Tensor>, self.eps)
+    }
+
+    /// s, `[width]`, fp32.
+    fn factor(&self) -> Result<Tensor, TchError> {
+        let weight = self.weight.f_to_kind(Kind::Float)?;
+        match self.scale {
+            NormScale::Weight => Ok(weight),
+            NormScale::OnePlusWeight => weight.f_add_scalar(1.0),
+        }
+    }
+
+    /// With r = 1 / √(mean(x²) + ε), g = s ⊙ dy and `gradient` = dy, `[rows, width]` as `x`:
     ///
     /// ```text
     /// dx = r (g − x̂ · mean(g ⊙ x̂))        dw = Σ over rows of dy ⊙ x̂
     /// ```
     ///
-    /// y is written again to `output`, `[rows, hidden]`: it was not kept, and the
-    /// layer behind the norm needs it for its own weight's gradient.
+    /// y is written again to `output`, `[rows, width]`, where it is wanted: it was not kept,
+    /// and the layer behind the norm needs it for its own weight's gradient.
     pub(crate) fn backward(
         &self,
         x: &Tensor,
         gradient: &Tensor,
-        output: &Tensor,
+        output: Option<&Tensor>,
     ) -> Result<NormGradients, TchError> {
         let width = self.weight.size1()?;
-        let weight = self.weight.f_to_kind(Kind::Float)?;
+        let factor = self.factor()?;
         let x32 = x.f_to_kind(Kind::Float)?;
         // The 2-norm reads x once and makes no x².
         let reciprocal = x32
@@ -58,14 +96,23 @@ impl RmsNorm<'_> {
             .f_add_scalar_(self.eps)?
             .f_rsqrt_()?;
         let normed = x32.f_mul(&reciprocal)?;
-        let _ = normed.f_to_kind(x.kind())?.f_mul_out(output, self.weight)?;
+        if let Some(output) = output {
+            match self.scale {
+                NormScale::Weight => {
+                    let _ = normed.f_to_kind(x.kind())?.f_mul_out(output, self.weight)?;
+                }
+                NormScale::OnePlusWeight => {
+                    output.shallow_clone().f_copy_(&normed.f_mul(&factor)?)?;
+                }
+            }
+        }
 
         let gradient = gradient.f_to_kind(Kind::Float)?;
-        // dy ⊙ x̂ serves both sums: over rows it is dw, and times w over columns n · mean(g ⊙ x̂).
+        // dy ⊙ x̂ serves both sums: over rows it is dw, and times s over columns n · mean(g ⊙ x̂).
         let product = normed.f_mul(&gradient)?;
         let by_weight = product.f_sum_dim_intlist(0, false, Kind::Float)?;
-        let mean = product.f_mv(&weight)?.f_div_scalar_(-(width as f64))?.f_unsqueeze(1)?;
-        let by_input = gradient.f_mul(&weight)?.f_addcmul_(&normed, &mean)?.f_mul_(&reciprocal)?;
+        let mean = product.f_mv(&factor)?.f_div_scalar_(-(width as f64))?.f_unsqueeze(1)?;
+        let by_input = gradient.f_mul(&factor)?.f_addcmul_(&normed, &mean)?.f_mul_(&reciprocal)?;
         Ok(NormGradients { by_input, by_weight })
     }
 }

@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Linear, RmsNorm, swiglu, swiglu_backward};
+use super::{Activation, Linear, NormScale, RmsNorm};
 
 fn random(shape: &[i64]) -> Tensor {
     Tensor::randn(shape, (Kind::Double, Device::Cpu))
@@ -10,7 +10,7 @@ fn random(shape: &[i64]) -> Tensor {
 
 /// Gradients of `(output · gradient).sum()` by `inputs`.
 fn autograd(output: &Tensor, gradient: &Tensor, inputs: &[&Tensor]) -> Vec<Tensor> {
-    Tensor::run_backward(&[(output * gradient).sum(Kind::Double)], inputs, false, false)
+    Tensor::run_backward(&[(output * gradient).sum(Kind::Double)], inputs, true, false)
 }
 
 fn close(ours: &Tensor, theirs: &Tensor, bound: f64) {
@@ -25,18 +25,27 @@ fn a_norms_backward_is_its_derivative() {
     tch::manual_seed(1);
     let (x, weight, gradient) = (random(&[5, 64]), random(&[64]), random(&[5, 64]));
     let (x, weight) = (x.set_requires_grad(true), weight.set_requires_grad(true));
-    let y = x.rms_norm([64], Some(&weight), 1e-2);
-    let theirs = autograd(&y, &gradient, &[&x, &weight]);
+    for scale in [NormScale::Weight, NormScale::OnePlusWeight] {
+        let factor = match scale {
+            NormScale::Weight => weight.shallow_clone(),
+            NormScale::OnePlusWeight => &weight + 1.0,
+        };
+        let y = x.rms_norm([64], Some(&factor), 1e-2);
+        let theirs = autograd(&y, &gradient, &[&x, &weight]);
 
-    for (kind, bound) in [(Kind::Float, 1e-6), (Kind::BFloat16, 1e-2)] {
-        let cast = |tensor: &Tensor| tensor.detach().to_kind(kind);
-        let (x, weight, gradient) = (cast(&x), cast(&weight), cast(&gradient));
-        let norm = RmsNorm { weight: &weight, eps: 1e-2 };
-        let output = x.empty_like();
-        let ours = norm.backward(&x, &gradient, &output).unwrap();
-        close(&ours.by_input, &theirs[0], bound);
-        close(&ours.by_weight, &theirs[1], bound);
-        close(&output, &y.detach(), bound);
+        for (kind, bound) in [(Kind::Float, 1e-6), (Kind::BFloat16, 1e-2)] {
+            let cast = |tensor: &Tensor| tensor.detach().to_kind(kind);
+            let (x, weight, gradient) = (cast(&x), cast(&weight), cast(&gradient));
+            let norm = RmsNorm { weight: &weight, scale, eps: 1e-2 };
+            let (output, again) = (x.empty_like(), x.empty_like());
+            let ours = norm.backward(&x, &gradient, Some(&output)).unwrap();
+            close(&ours.by_input, &theirs[0], bound);
+            close(&ours.by_weight, &theirs[1], bound);
+            close(&output, &y.detach(), bound);
+            norm.forward_into(&x, &again).unwrap();
+            assert_eq!(norm.forward(&x).unwrap(), again);
+            close(&again, &y.detach(), bound);
+        }
     }
 }
 
@@ -46,15 +55,21 @@ fn a_gates_backward_is_its_derivative() {
     let gate_up = random(&[5, 32]).set_requires_grad(true);
     let gradient = random(&[5, 16]);
     let parts = gate_up.chunk(2, 1);
-    let activated = parts[0].silu() * &parts[1];
-    let theirs = autograd(&activated, &gradient, &[&gate_up]);
+    for activation in [Activation::Silu, Activation::GeluTanh] {
+        let of_gate = match activation {
+            Activation::Silu => parts[0].silu(),
+            Activation::GeluTanh => parts[0].gelu("tanh"),
+        };
+        let activated = of_gate * &parts[1];
+        let theirs = autograd(&activated, &gradient, &[&gate_up]);
 
-    let ours = gate_up.detach().to_kind(Kind::Float).copy();
-    close(&swiglu(&ours).unwrap(), &activated.detach(), 1e-6);
-    let again = Tensor::empty([5, 16], (Kind::Float, Device::Cpu));
-    swiglu_backward(&ours, &gradient.to_kind(Kind::Float), &again).unwrap();
-    close(&ours, &theirs[0], 1e-6);
-    close(&again, &activated.detach(), 1e-6);
+        let ours = gate_up.detach().to_kind(Kind::Float).copy();
+        close(&activation.gated(&ours).unwrap(), &activated.detach(), 1e-6);
+        let again = Tensor::empty([5, 16], (Kind::Float, Device::Cpu));
+        activation.gated_backward(&ours, &gradient.to_kind(Kind::Float), &again).unwrap();
+        close(&ours, &theirs[0], 1e-6);
+        close(&again, &activated.detach(), 1e-6);
+    }
 }
 
 #[test]

@@ -13,8 +13,20 @@ const CONFIG: &str = r#"{
     "num_key_value_heads": 2, "head_dim": 8
 }"#;
 
+/// Blocks with a window of 90 tokens and without in turn, and head norms.
+const WINDOWED: &str = r#"{
+    "architectures": ["Qwen3ForCausalLM"], "vocab_size": 300, "hidden_size": 32,
+    "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 8, "use_sliding_window": true, "sliding_window": 90,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]
+}"#;
+
 fn model() -> Decoder {
-    Decoder::random(ModelConfig::parse(CONFIG, Path::new("config.json")).unwrap(), 3)
+    random(CONFIG)
+}
+
+fn random(config: &str) -> Decoder {
+    Decoder::random(ModelConfig::parse(config, Path::new("config.json")).unwrap(), 3)
 }
 
 /// Prompts of `lengths`, of other tokens each.
@@ -62,7 +74,7 @@ fn recomputed(model: &Decoder, prompt: &[u32], tokens: usize) -> Vec<u32> {
 fn logits(model: &Decoder, ids: &[u32]) -> Tensor {
     let ids: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
     let positions = Tensor::arange(ids.len() as i64, (Kind::Int64, Device::Cpu));
-    let rotary = model.rotary(&positions).unwrap();
+    let rotations = model.rotations(&positions).unwrap();
     let mut h = model.embed(&Tensor::from_slice(&ids)).unwrap();
     for block in &model.blocks {
         let mut attend = |q: &Tensor, k: &Tensor, v: &Tensor| {
@@ -70,28 +82,32 @@ fn logits(model: &Decoder, ids: &[u32]) -> Tensor {
             let repeat = |x: &Tensor| x.repeat_interleave_self_int(heads / 2, 1, None);
             let (k, v) = (repeat(k), repeat(v));
             let scores = q.transpose(0, 1).matmul(&k.permute([1, 2, 0])) / (head_dim as f64).sqrt();
-            let future = Tensor::ones([n, n], (Kind::Bool, Device::Cpu)).triu(1);
-            let weights = scores.masked_fill(&future, f64::NEG_INFINITY).softmax(-1, None);
+            let ones = Tensor::ones([n, n], (Kind::Bool, Device::Cpu));
+            let past = ones.tril(-block.window().unwrap_or(n));
+            let hidden = ones.triu(1).logical_or(&past);
+            let weights = scores.masked_fill(&hidden, f64::NEG_INFINITY).softmax(-1, None);
             Ok(weights.matmul(&v.transpose(0, 1)).transpose(0, 1))
         };
-        h = block.forward(&h, &rotary, &mut attend).unwrap();
+        h = block.forward(&h, &rotations, &mut attend).unwrap();
     }
     model.final_norm(&h).unwrap().get(-1).matmul(&model.head_weight().tr())
 }
 
 #[test]
 fn the_cache_changes_nothing() {
-    let model = model();
-    // Chunks end inside prompts, at their ends, and hold several.
-    let lengths = [3, 509, 1, 1100, 60];
-    let shard = shard(&lengths, 0.0, &[]);
-    for (sample, prompt) in sample(&model, &shard).iter().zip(&shard.prompts) {
-        assert_eq!(sample.prompt, prompt.prompt);
-        assert_eq!(sample.finish, Finish::Length);
-        let expected = recomputed(&model, &prompt.tokens, 24);
-        assert_eq!(sample.tokens, expected, "prompt of {} tokens", prompt.tokens.len());
-        // A reply that repeats one token would be right by accident.
-        assert!(expected.iter().collect::<HashSet<_>>().len() > 5, "{expected:?}");
+    for config in [CONFIG, WINDOWED] {
+        let model = random(config);
+        // Chunks end inside prompts, at their ends, and hold several.
+        let lengths = [3, 509, 1, 1100, 60, 80];
+        let shard = shard(&lengths, 0.0, &[]);
+        for (sample, prompt) in sample(&model, &shard).iter().zip(&shard.prompts) {
+            assert_eq!(sample.prompt, prompt.prompt);
+            assert_eq!(sample.finish, Finish::Length);
+            let expected = recomputed(&model, &prompt.tokens, 24);
+            assert_eq!(sample.tokens, expected, "prompt of {} tokens", prompt.tokens.len());
+            // A reply that repeats one token would be right by accident.
+            assert!(expected.iter().collect::<HashSet<_>>().len() > 5, "{expected:?}");
+        }
     }
 }
 
@@ -233,24 +249,28 @@ fn guesses_change_no_token_and_save_steps() {
 
 #[test]
 fn shared_beginnings_are_computed_once_and_change_nothing() {
-    let model = model();
     let mut shard = shard(&[1000, 700, 900, 800, 5], 0.8, &[]);
-    // 400 tokens of all but the last, 300 more of two of them.
+    // 400 tokens of all but the last, 300 more of two of them; the second ends right behind
+    // these, so that a window reaches back into them.
     let (first, rest) = shard.prompts.split_at_mut(1);
     for prompt in &mut rest[..3] {
         prompt.tokens[..400].copy_from_slice(&first[0].tokens[..400]);
     }
     rest[1].tokens[..700].copy_from_slice(&first[0].tokens[..700]);
-    let together = sampled(&model, &shard);
-    assert_eq!(together.work.prefilled, 1000 + 300 + 200 + 400 + 5);
-    for (at, sample) in together.samples.iter().enumerate() {
-        let prompts = vec![shard.prompts[at].clone()];
-        let alone = self::sample(&model, &Shard { prompts, ..shard.clone() });
-        assert_eq!(alone[0].tokens, sample.tokens, "prompt {at}");
+    rest[1].tokens.truncate(704);
+    for model in [CONFIG, WINDOWED].map(random) {
+        let together = sampled(&model, &shard);
+        assert_eq!(together.work.prefilled, 1000 + 300 + 4 + 400 + 5);
+        for (at, sample) in together.samples.iter().enumerate() {
+            let prompts = vec![shard.prompts[at].clone()];
+            let alone = self::sample(&model, &Shard { prompts, ..shard.clone() });
+            assert_eq!(alone[0].tokens, sample.tokens, "prompt {at}");
+        }
+        // Two cut what they share differently by the size of a chunk; few slots, another order.
+        let few = SamplingEngine { max_rows: 2, ..shard.engine };
+        let again = sample(&model, &Shard { engine: few, ..shard.clone() });
+        assert_eq!(tokens(&again), tokens(&together.samples));
     }
-    // Two cut what they share differently by the size of a chunk; few slots, another order.
-    shard.engine.max_rows = 2;
-    assert_eq!(tokens(&sample(&model, &shard)), tokens(&together.samples));
 }
 
 #[test]
