@@ -1,7 +1,8 @@
 //! Training state on disk: masters and optimiser, in one safetensors file per rank.
 //!
 //! Rank r of w writes `training_state-0000(r+1)-of-0000w.safetensors` with what it
-//! owns; without sharding one file holds everything. A file holds fp32 runs of the
+//! owns; without sharding, where all hold the same, with its part of that, so that each
+//! writes as little. A file holds fp32 runs of the
 //! tensors that checkpoints name, `{state}.{tensor}[{start}:{end}]`: elements
 //! `start` up to `end` of the flattened tensor, where `state` is `master` or one of
 //! the optimiser's moments. Buckets, padding and shares leave no mark but where
@@ -51,7 +52,7 @@ pub(super) struct Identity {
 impl Trainer {
     /// Writes this rank's part of masters and optimiser state, with the number
     /// of steps done, to `dir`. All ranks call this, with the same `dir`; the
-    /// files written are returned, none by a rank that owns nothing of its own.
+    /// files written are returned.
     /// They are synced; renaming into place is the caller's.
     ///
     /// # Errors
@@ -67,7 +68,7 @@ impl Trainer {
     /// [`TrainError::NotBegun`]; [`TrainError::State`]; libtorch's.
     pub fn copy_state(&self, dir: &Path) -> Result<StateCopy, TrainError> {
         let part = Part::of(self.training()?, dir)?;
-        Ok(StateCopy(part.map(Part::copied).transpose()?))
+        Ok(StateCopy(part.copied()?))
     }
 
     /// Reads what [`Self::save_state`] wrote to `dir`, on however many ranks,
@@ -91,10 +92,9 @@ impl Trainer {
     }
 }
 
-/// A rank's part of a training state, which nothing changes any more. It is none for a
-/// rank that owns nothing of its own.
+/// A rank's part of a training state, which nothing changes any more.
 #[derive(Debug)]
-pub struct StateCopy(Option<Part>);
+pub struct StateCopy(Part);
 
 impl StateCopy {
     /// Writes and syncs the part's file in `dir`, unless `stop` says to leave off.
@@ -102,7 +102,7 @@ impl StateCopy {
     /// # Errors
     /// [`TrainError::Model`] where the file system refuses, or it was stopped.
     pub fn write(&self, dir: &Path, stop: &dyn Fn() -> bool) -> Result<Vec<SavedFile>, TrainError> {
-        let Some(Part { name, header, values }) = &self.0 else { return Ok(Vec::new()) };
+        let Part { name, header, values } = &self.0;
         let saved = write_file(dir, name, |out: &mut dyn Write| {
             out.write_all(&(header.len() as u64).to_le_bytes())?;
             out.write_all(header)?;
@@ -129,17 +129,17 @@ struct Part {
 }
 
 impl Part {
-    /// Views of what this rank owns; none where rank 0 writes for all.
-    fn of(training: &Training, dir: &Path) -> Result<Option<Self>, TrainError> {
-        let partition = training.partition;
-        if !partition.is_sharded() && training.rank != 0 {
-            return Ok(None);
+    /// Views of what this rank is to write.
+    fn of(training: &Training, dir: &Path) -> Result<Self, TrainError> {
+        let (rank, ranks) = (i64::from(training.rank), i64::from(training.ranks));
+        let name = file_name(rank + 1, ranks);
+        let mut runs = own_runs(training)?;
+        if !training.partition.is_sharded() {
+            runs = part_of(runs, rank, ranks)?;
         }
-        let name = file_name(partition.rank() + 1, partition.ranks());
-        let runs = own_runs(training)?;
         let header = header(training, &runs)
             .map_err(|reason| TrainError::State { path: dir.join(&name), reason })?;
-        Ok(Some(Self { name, header, values: runs.into_iter().map(|run| run.values).collect() }))
+        Ok(Self { name, header, values: runs.into_iter().map(|run| run.values).collect() })
     }
 
     fn copied(self) -> Result<Self, TchError> {
@@ -172,6 +172,26 @@ fn own_runs(training: &Training) -> Result<Vec<Run>, TchError> {
         }
     }
     Ok(runs)
+}
+
+/// Of the elements of all runs, in a row, the `rank`th of `ranks` parts of equal length.
+fn part_of(runs: Vec<Run>, rank: i64, ranks: i64) -> Result<Vec<Run>, TchError> {
+    let total: i64 = runs.iter().map(|run| run.elements.end - run.elements.start).sum();
+    let part = total * rank / ranks..total * (rank + 1) / ranks;
+    let (mut end, mut own) = (0, Vec::new());
+    for Run { tensor, elements: Range { start: first, end: last }, values } in runs {
+        let begin = end;
+        end += last - first;
+        let (start, stop) = (part.start.max(begin), part.end.min(end));
+        if start < stop {
+            own.push(Run {
+                tensor,
+                elements: first + start - begin..first + stop - begin,
+                values: values.f_narrow(0, start - begin, stop - start)?,
+            });
+        }
+    }
+    Ok(own)
 }
 
 /// The policy's weights whose masters other ranks own.

@@ -34,6 +34,8 @@ pub(super) struct Training {
     settings: TrainingSettings,
     /// This process's rank, whether or not it owns a share.
     pub(super) rank: u32,
+    /// How many there are.
+    pub(super) ranks: u32,
     pub(super) partition: Partition,
     pub(super) buckets: Buckets,
     pub(super) optimizer: Optimizer,
@@ -76,6 +78,7 @@ impl Trainer {
         self.training = Some(Training {
             settings,
             rank: group.map_or(0, ProcessGroup::rank),
+            ranks: group.map_or(1, ProcessGroup::world_size),
             partition,
             optimizer: Optimizer::new(&buckets, settings.optimizer, partition)?,
             gradients: Some(Gradients::new(&buckets, partition, &settings.engine, &self.tracer)?),
