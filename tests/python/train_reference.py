@@ -78,6 +78,10 @@ def train(job):
     dtype = getattr(torch, job["dtype"])
     policy = AutoModelForCausalLM.from_pretrained(job["policy"], dtype=dtype)
     reference = AutoModelForCausalLM.from_pretrained(job["reference"], dtype=dtype)
+    for model in (policy, reference):
+        # By this name TRL looks for the decoder ahead of the head; transformers 4 has
+        # another in Gemma-3, under which there is nothing.
+        model.base_model_prefix = "model"
     names = {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}
     dataset = datasets.Dataset.from_list(
         [{names[side]: pair[side] for side in names} for pair in job["pairs"]]
