@@ -182,7 +182,7 @@ fn waiting_is_a_part_of_what_reductions_take() {
             let began = Instant::now();
             if group.rank() == 1 {
                 // Late, so that the other waits: it is done with its own part long before.
-                thread::sleep(Duration::from_secs(1));
+                thread::sleep(Duration::from_secs(2));
             }
             let report = trainer.step(&dealt(0, Some(group)), Some(group), &never).unwrap();
             let seconds = began.elapsed().as_secs_f64();
