@@ -111,9 +111,9 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         std::io::Write::write_all(&mut file, b"0123456789").unwrap();
         let file = Ended(file);
-        let mut text = String::new();
-        let error = file.get_read(7).unwrap().read_to_string(&mut text).unwrap_err();
-        assert_eq!((error.kind(), text.as_str()), (io::ErrorKind::UnexpectedEof, ""));
+        let mut text = Vec::new();
+        let error = file.get_read(7).unwrap().read_to_end(&mut text).unwrap_err();
+        assert_eq!((error.kind(), text.as_slice()), (io::ErrorKind::UnexpectedEof, &b"789"[..]));
         assert_eq!(&file.get_bytes(7, 3).unwrap()[..], b"789");
         for (start, length) in [(7, 4), (11, 0), (u64::MAX, 1)] {
             assert!(file.get_bytes(start, length).is_err(), "{start} {length}");
