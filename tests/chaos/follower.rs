@@ -22,6 +22,8 @@ pub(crate) struct Follower<'a> {
     hosts: Option<(&'a Hosts, PathBuf)>,
     /// Those that no coordinator starts.
     hand_started: Workers,
+    /// Whether the coordinator of now has called for those.
+    called: bool,
     /// Cables that are out or congested: whose, how, and until when.
     cables: Vec<(Option<u32>, Kind, Instant)>,
     workers: BTreeMap<u32, u32>,
@@ -67,6 +69,7 @@ impl<'a> Follower<'a> {
             waiting,
             hosts: hosts.map(|(hosts, dir)| (hosts, dir.to_owned())),
             hand_started: Workers::default(),
+            called: false,
             cables: Vec::new(),
             workers: BTreeMap::new(),
             pids: Vec::new(),
@@ -100,6 +103,7 @@ impl<'a> Follower<'a> {
         self.pids.clear();
         self.struck.clear();
         self.phase = "start".to_owned();
+        self.called = false;
         (self.coordinator_fell, self.lost_in_training, self.told_to_stop) = (false, None, None);
         self.listen(&told, coordinator)?;
         if Instant::now() > self.deadline {
@@ -153,10 +157,11 @@ impl<'a> Follower<'a> {
     fn listen(&mut self, told: &Receiver<String>, coordinator: u32) -> Result<()> {
         loop {
             self.mend(false);
+            self.start_workers()?;
             match told.recv_timeout(Duration::from_millis(50)) {
                 Ok(line) => {
                     self.hear(&line);
-                    self.start_workers(&line)?;
+                    self.called |= log::calls_for_workers(&line);
                     self.log.push_str(&line);
                     self.log.push('\n');
                     let place = log::place(&line);
@@ -200,10 +205,12 @@ impl<'a> Follower<'a> {
         }
     }
 
-    /// At a coordinator's call for workers that nobody else starts.
-    fn start_workers(&mut self, line: &str) -> Result<()> {
+    /// From a coordinator's call for workers that nobody else starts until all are there:
+    /// those that its forerunner sent home may take a moment to leave.
+    fn start_workers(&mut self) -> Result<()> {
         if let Some((hosts, dir)) = &self.hosts
-            && log::calls_for_workers(line)
+            && self.called
+            && self.workers.len() < hosts.workers()
         {
             hosts.start_workers(&program("worker"), dir, &mut self.hand_started)?;
         }

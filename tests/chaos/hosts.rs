@@ -38,6 +38,11 @@ impl Hosts {
         Self { network: Network::make(folder, &names), workers: workers as usize }
     }
 
+    /// How many workers there are to be.
+    pub(crate) fn workers(&self) -> usize {
+        self.workers
+    }
+
     /// A coordinator on its host. `begins` what others start the workers of.
     pub(crate) fn coordinator(&self, mut command: Command, begins: bool) -> Command {
         if begins {
