@@ -6,6 +6,9 @@
 //! is made again and kept.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+#[allow(dead_code, reason = "benchmarks want more of it")]
+#[path = "../bench/machine.rs"]
+mod machine;
 mod mutate;
 mod targets;
 mod watch;

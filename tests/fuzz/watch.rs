@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
+use super::machine::processor_seconds;
 use super::mutate::Draw;
 use super::targets::target;
 
@@ -98,10 +99,14 @@ fn follow(
     counter: &Counter,
     time: Duration,
 ) -> Result<(Option<String>, Duration)> {
+    let process = Path::new("/proc").join(child.id().to_string());
     let (mut number, mut began, mut since) = (counter.get(), Duration::ZERO, Instant::now());
     let mut computed = Duration::ZERO;
     let how = loop {
-        computed = processor_time(child.id()).unwrap_or(computed);
+        // One that has just ended keeps its last figure.
+        if let Ok((user, system)) = processor_seconds(&process) {
+            computed = Duration::from_secs_f64(user + system);
+        }
         if let Some(status) = child.try_wait()? {
             return Ok((Some(status.to_string()), computed));
         }
@@ -120,13 +125,4 @@ fn follow(
     child.kill()?;
     child.wait()?;
     Ok((how, computed))
-}
-
-/// What a process has had of processors; none when it is gone.
-fn processor_time(process: u32) -> Option<Duration> {
-    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
-    // The fields behind the program's name, which may hold anything.
-    let fields: Vec<&str> = stat.rsplit(')').next()?.split_whitespace().collect();
-    let ticks = fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?;
-    Some(Duration::from_secs_f64(ticks as f64 / rustix::param::clock_ticks_per_second() as f64))
 }
