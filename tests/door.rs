@@ -65,6 +65,12 @@ fn workers_join_by_hand_and_strangers_change_nothing() {
     let secrets = [secret(&now), secret(&old)].concat();
     nowhere_in_arguments(&secrets.iter().map(String::as_str).collect::<Vec<_>>());
 
+    // A successor that comes before its forerunner's end waits for it.
+    let successor = worker(&join, 1, &path("worker-1-again.log"));
+    successor.says("slot 1 has its worker already");
+    late.signal("KILL");
+    successor.says("attached");
+
     // Whoever says nothing is hung up on.
     let silent = std::thread::spawn({
         let now = now.clone();
@@ -85,13 +91,14 @@ fn workers_join_by_hand_and_strangers_change_nothing() {
     coordinator.says(" × its address calls too often");
 
     assert_eq!(coordinator.status(), Some(0), "{}", coordinator.log());
-    for mut worker in [early, late] {
+    for mut worker in [early, successor] {
         assert_eq!(worker.status(), Some(0), "{}", worker.log());
     }
     assert_eq!(published(&run), expected, "the bytes of the loopback run");
     let refused = coordinator.log().lines().filter(|line| line.contains("refuse")).count();
     assert!(refused < 120, "{refused} lines tell of more than a thousand callers");
-    let logs = ["first.log", "run.log", "worker-0.log", "worker-1.log"].map(path);
+    let logs =
+        ["first.log", "run.log", "worker-0.log", "worker-1.log", "worker-1-again.log"].map(path);
     let files: Vec<&Path> = logs.iter().map(PathBuf::as_path).chain([run.as_path()]).collect();
     nowhere_in_files(&secrets.iter().map(String::as_str).collect::<Vec<_>>(), &files);
     assert!(!join.exists());
@@ -168,7 +175,11 @@ fn strangers_get_nothing(coordinator: &Program, now: &Path, old: &Path, folder: 
     assert_eq!(got.status, Some(9), "{got:?}");
     let got = call(Caller::Worker, Greeting::Generation(1), "it belongs to another generation");
     assert_eq!(got.status, Some(9), "{got:?}");
-    let got = call(Caller::Worker, Greeting::Slot(1), "the run has no place for it");
+    let got = call(Caller::Worker, Greeting::Slot(9), "the run has no place for it");
+    assert_eq!(got.status, Some(9), "{got:?}");
+    // UNAVAILABLE: whoever has it may be gone by the next try.
+    let got = call(Caller::Worker, Greeting::Slot(1), "another worker has its place");
+    assert_eq!(got.status, Some(14), "{got:?}");
     assert!(got.message.contains("slot 1 has its worker already"), "{got:?}");
 
     let got = call(Caller::Worker, Greeting::Heartbeat, "its first message is no greeting");

@@ -7,11 +7,16 @@
 //! | [`train`] | scoring and data-parallel DPO steps, block by block |
 //! | [`collective`] | libtorch's own c10d behind a C++ bridge: the one place with `unsafe` |
 //! | [`agent`] | the stream to the coordinator, and the thread that owns libtorch |
+//! | `host` | what goes between host and device, counted |
 //!
 //! Text is absent from this crate: it holds no tokenizer and no template.
 
+// Tests look at what they like.
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
+
 pub mod agent;
 pub mod collective;
+mod host;
 pub mod model;
 pub mod sample;
 pub mod train;

@@ -14,7 +14,7 @@ mod wire;
 
 pub use launch::{LaunchError, LaunchPlan, Launcher, WorkerExit, find_worker, threads_per_worker};
 pub use opening::{OpenError, Opening, WayIn};
-pub use service::{AttachPlan, Link, LinkId, Origin, Server, WorkerEvent};
+pub use service::{AttachPlan, Link, LinkId, NoPlace, Origin, Server, WorkerEvent};
 pub use slurm::{Allocation, SlurmError};
 pub use tls::CertifyError;
 pub use wire::{Outgoing, PairBatch};

@@ -46,6 +46,8 @@ pub(super) enum Refusal {
     Generation,
     /// The run has no place for it.
     NoPlace,
+    /// Another worker has its place.
+    Taken,
 }
 
 impl Refusal {
@@ -69,6 +71,7 @@ impl Refusal {
             Self::Protocol => "it speaks another version of the protocol",
             Self::Generation => "it belongs to another generation",
             Self::NoPlace => "the run has no place for it",
+            Self::Taken => "another worker has its place",
         }
     }
 }

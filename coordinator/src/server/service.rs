@@ -95,8 +95,7 @@ pub enum WorkerEvent {
         id: LinkId,
         /// The way down to it.
         link: Link,
-        /// `Err` carries why not.
-        answer: oneshot::Sender<Result<(), String>>,
+        answer: oneshot::Sender<Result<(), NoPlace>>,
     },
     /// It tells something.
     Report(Origin, Report),
@@ -106,6 +105,16 @@ pub enum WorkerEvent {
     Heartbeat(Rank, LinkId),
     /// Its stream is closed.
     Lost(Rank, LinkId, String),
+}
+
+/// Why a worker has no place in the run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NoPlace {
+    /// There is none, whenever it asks.
+    Never(String),
+    /// Another has it. It may be the forerunner, whose end nobody has noticed yet: who
+    /// asks again is let in then.
+    Taken(String),
 }
 
 /// The listening server.
@@ -219,8 +228,12 @@ impl coordinator_server::Coordinator for Service {
         let id = LinkId(self.links.fetch_add(1, Ordering::Relaxed));
         self.tell(WorkerEvent::Attach { rank, about, host: hello.host, id, link, answer })?;
         let answer = answered.await.map_err(|_| Status::unavailable("the run is over"))?;
-        if let Err(why) = answer {
-            return refuse(Refusal::NoPlace, Status::failed_precondition(why));
+        match answer {
+            Ok(()) => {}
+            Err(NoPlace::Never(why)) => {
+                return refuse(Refusal::NoPlace, Status::failed_precondition(why));
+            }
+            Err(NoPlace::Taken(why)) => return refuse(Refusal::Taken, Status::unavailable(why)),
         }
         caller.attached();
         tokio::spawn(listen(inbound, rank, id, self.events.clone()));

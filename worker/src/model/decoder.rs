@@ -10,6 +10,7 @@ use super::layout::{Layout, Outer, Part, Slot};
 use super::ops::{RmsNorm, product_kind};
 use super::rope::{Rotary, Rotations};
 use super::{ModelConfig, ModelError};
+use crate::host;
 
 /// One weight tensor, with the Hugging Face tensors it is made of.
 #[derive(Debug)]
@@ -249,5 +250,5 @@ impl Decoder {
 
 /// `value` as `kind` has it.
 fn rounded(value: f64, kind: Kind) -> Result<f64, TchError> {
-    Tensor::f_from_slice(&[value])?.f_to_kind(kind)?.f_double_value(&[0])
+    host::read_one(&host::upload(&[value], Device::Cpu)?.f_to_kind(kind)?)
 }

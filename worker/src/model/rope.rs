@@ -70,6 +70,7 @@ impl RopeConfig {
                 blended.f_where_self(&medium, &stretched)?
             }
         };
+        #[expect(clippy::disallowed_methods, reason = "once, as the model is loaded")]
         frequencies.f_to_device(device)
     }
 }

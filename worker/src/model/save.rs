@@ -214,6 +214,7 @@ pub(crate) fn write_tensor(
         // libtorch copies elements as they lie in memory; the format is
         // little-endian, as is every machine libtorch is built for.
         buffer.resize(count as usize * element, 0);
+        #[expect(clippy::disallowed_methods, reason = "what is saved is copied")]
         slice.f_copy_data_u8(buffer, count as usize).map_err(torch)?;
         out.write_all(buffer)?;
         start += count;

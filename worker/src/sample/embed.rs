@@ -7,6 +7,7 @@ use tch::{Kind, TchError, Tensor};
 use super::attend::causal;
 use super::sampler::check_tokens;
 use super::{SampleError, Sampler};
+use crate::host;
 use crate::model::Decoder;
 use crate::model::ops::causal_mask;
 
@@ -39,11 +40,12 @@ impl Sampler {
         let mut embedded = Vec::with_capacity(sequences.len());
         for pass in passes(sequences) {
             let rows = tch::no_grad(|| embed(&self.model, &sequences[pass]))?;
-            for row in Vec::<Vec<f32>>::try_from(rows)? {
+            let hidden = rows.size2()?.1 as usize;
+            for row in host::read(&rows)?.chunks_exact(hidden) {
                 if !row.iter().all(|element| element.is_finite()) {
                     return Err(SampleError::NotFinite);
                 }
-                embedded.push(row);
+                embedded.push(row.to_vec());
             }
             if observe(embedded.len()).is_break() {
                 return Err(SampleError::Stopped);
@@ -72,7 +74,7 @@ fn passes(sequences: &[Vec<u32>]) -> Vec<Range<usize>> {
 
 /// One pass: `[sequences, hidden]`, fp32.
 fn embed(model: &Decoder, sequences: &[Vec<u32>]) -> Result<Tensor, TchError> {
-    let upload = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(model.device());
+    let upload = |values: &[i64]| host::upload(values, model.device());
     let lengths: Vec<i64> = sequences.iter().map(|tokens| tokens.len() as i64).collect();
     let ids: Vec<i64> = sequences.iter().flatten().copied().map(i64::from).collect();
     let positions: Vec<i64> = lengths.iter().flat_map(|&length| 0..length).collect();

@@ -9,6 +9,7 @@ use tch::{Device, Kind, TchError, Tensor};
 pub use self::cut::Survivor;
 use self::cut::{Candidate, Cut};
 use super::{SampleError, SamplingParams};
+use crate::host;
 
 /// Candidates that a GPU looks for first. Sorting a whole vocabulary costs more than the
 /// step of a small model that made its logits; with top-p 0.9 the tokens that matter are
@@ -76,7 +77,7 @@ fn edit(
     }
     let scores = raw.f_empty_like()?;
     scores.shallow_clone().f_copy_(raw)?;
-    let upload = |ids: &[i64]| Tensor::f_from_slice(ids)?.f_to_device(raw.device());
+    let upload = |ids: &[i64]| host::upload(ids, raw.device());
     let stop_ids: Vec<i64> = params.stop_ids.iter().copied().map(i64::from).collect();
     for (row, draw) in (0..).zip(draws) {
         let mut row = scores.f_select(0, row)?;
@@ -140,6 +141,7 @@ pub fn survivors(
         seen: [prompt, reply, &[]],
     });
     let draws: Vec<Draw<'_>> = draws.collect();
+    #[expect(clippy::disallowed_methods, reason = "a question from outside; no loop asks it")]
     let raw = logits.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
     let scores = edit(&raw, params, &draws)?.unwrap_or(raw).f_div_scalar(params.temperature)?;
     let normaliser = scores.f_logsumexp([-1], true)?;
@@ -157,7 +159,7 @@ fn on_cpu(
 ) -> Result<Vec<Drawn>, SampleError> {
     let ids = settle(scores, normaliser, params, draws, Cut::draw)?;
     let index: Vec<i64> = ids.iter().copied().map(i64::from).collect();
-    let logits = raw.f_gather(-1, &Tensor::f_from_slice(&index)?.f_unsqueeze(1)?, false)?;
+    let logits = raw.f_gather(-1, &host::upload(&index, Device::Cpu)?.f_unsqueeze(1)?, false)?;
     let logps = download(&[&logits.f_sub(raw_normaliser)?])?;
     Ok(ids.into_iter().zip(logps).map(|(id, logp)| Drawn { id, logp }).collect())
 }
@@ -173,7 +175,7 @@ fn settle<'a, T: Default>(
 ) -> Result<Vec<T>, SampleError> {
     let vocab = scores.size2()?.1 as usize;
     let heads = download(&[&scores.f_amax([-1], true)?, normaliser])?;
-    let scores: Vec<f32> = Vec::try_from(scores.f_reshape([-1])?)?;
+    let scores = host::read(scores)?;
     let rows = scores.chunks_exact(vocab).zip(heads.chunks_exact(2)).zip(draws);
     let settled = |((scores, head), draw): ((&[f32], &[f32]), &Draw<'_>)| {
         let (best, log_normaliser) = (head[0], f64::from(finite(head[1])?));
@@ -221,11 +223,12 @@ fn on_gpu(
                 Drawn { id, logp: logps[at] }
             }
             None => {
-                let all: Vec<f32> = Vec::try_from(scores.f_select(0, row)?)?;
-                let all = (0..).zip(&all).map(|(id, &score)| Candidate { score, id }).collect();
+                let logps = raw.f_select(0, row)?.f_sub(&raw_normaliser.f_select(0, row)?)?;
+                let both = host::read(&Tensor::f_cat(&[&scores.f_select(0, row)?, &logps], 0)?)?;
+                let (all, logps) = both.split_at(vocab as usize);
+                let all = (0..).zip(all).map(|(id, &score)| Candidate { score, id }).collect();
                 let id = cut.draw(all, true).unwrap_or_default();
-                let logit = raw.f_double_value(&[row, i64::from(id)])?;
-                Drawn { id, logp: (logit - raw_normaliser.f_double_value(&[row, 0])?) as f32 }
+                Drawn { id, logp: logps[id as usize] }
             }
         });
     }
@@ -235,7 +238,7 @@ fn on_gpu(
 /// Brings columns (`[rows, …]`, fp32) to the host in one piece, row after row.
 /// fp32 holds every id below 2^24, and no vocabulary is larger.
 fn download(columns: &[&Tensor]) -> Result<Vec<f32>, TchError> {
-    Vec::try_from(Tensor::f_cat(columns, -1)?.f_reshape([-1])?)
+    host::read(&Tensor::f_cat(columns, -1)?)
 }
 
 fn finite(score: f32) -> Result<f32, SampleError> {

@@ -7,6 +7,7 @@ use tch::{Device, Kind, TchError, Tensor};
 use super::attend::{Attention, Beginning, Calls, Group, Run};
 use super::cache::{KvCache, Region};
 use super::prefix::Prefixes;
+use crate::host;
 use crate::model::Decoder;
 use crate::model::ops::{aligned, causal_mask};
 
@@ -82,7 +83,7 @@ impl Step {
             let end = ids.len() as i64;
             wanted.extend(end - piece.wanted as i64..end);
         }
-        let upload = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(device);
+        let upload = |values: &[i64]| host::upload(values, device);
         let furthest = positions.iter().copied().max().unwrap_or(0);
         let context = Context { cache, prefixes, stretches, positions: &positions };
         let options = (model.kind(), device);
@@ -203,7 +204,7 @@ impl Step {
                     Some(hidden) => beginning_mask(&hidden, region.length, options)?,
                     None => None,
                 },
-                members: Tensor::f_from_slice(&members)?.f_to_device(options.1)?,
+                members: host::upload(&members, options.1)?,
             })
         };
         members.into_iter().map(beginning).collect()
@@ -264,7 +265,7 @@ fn padding_mask(
     if window.is_none() && lengths.iter().all(|&length| length == columns) {
         return Ok(None);
     }
-    let ends = Tensor::f_from_slice(lengths)?.f_to_device(device)?.f_view([-1, 1, 1, 1])?;
+    let ends = host::upload(lengths, device)?.f_view([-1, 1, 1, 1])?;
     let aligned = aligned(columns);
     let places = Tensor::f_arange(aligned, (Kind::Int64, device))?;
     let mut hidden = places.f_ge_tensor(&ends)?;
@@ -286,7 +287,7 @@ fn beginning_mask(
     if hidden.iter().all(|&tokens| tokens == 0) {
         return Ok(None);
     }
-    let ends = Tensor::f_from_slice(hidden)?.f_to_device(device)?.f_view([-1, 1])?;
+    let ends = host::upload(hidden, device)?.f_view([-1, 1])?;
     let aligned = aligned(columns);
     let hidden = Tensor::f_arange(aligned, (Kind::Int64, device))?.f_lt_tensor(&ends)?;
     let mask = Tensor::f_zeros([ends.size()[0], aligned], (kind, device))?

@@ -14,6 +14,7 @@ use super::sharding::Partition;
 use super::trace::{Exchanges, Tracer};
 use super::types::{EngineSettings, ReduceKind, ReductionTimes};
 use crate::collective::{ProcessGroup, Work};
+use crate::host;
 
 /// Elements whose squares are summed in fp32 before fp64 takes over. libtorch adds
 /// them up in a few running sums, so a longer run costs the norm its digits: that
@@ -188,7 +189,7 @@ impl Gradients {
             let work = group.all_reduce(&total)?;
             self.exchanges.wait(|| "norm".to_owned(), work, stop)?;
         }
-        Ok(total.f_double_value(&[0])?.sqrt())
+        Ok(host::read_one(&total)?.sqrt())
     }
 
     /// What the step's reductions took.

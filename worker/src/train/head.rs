@@ -7,6 +7,7 @@ use tch::{Kind, TchError, Tensor};
 
 use super::error::TrainError;
 use super::packing::{Packed, Rows};
+use crate::host;
 use crate::model::Decoder;
 use crate::model::ops::{operand, product_kind};
 
@@ -68,10 +69,10 @@ impl<'a> Head<'a> {
                 logps.push(log_probabilities(&rows.of(&logits)?, &rows.of(&targets)?)?);
             }
         }
-        Ok(RowScores {
-            logps: to_host(&Tensor::f_cat(&logps, 0)?)?,
-            mean_logits: to_host(&mean_logits)?,
-        })
+        let logps = Tensor::f_cat(&logps, 0)?.f_view([-1])?;
+        let mut logps = host::read(&Tensor::f_cat(&[&logps, &mean_logits], 0)?)?;
+        let mean_logits = logps.split_off(self.packed.rows as usize);
+        Ok(RowScores { logps, mean_logits })
     }
 
     /// Gradient by the normed hidden states, `[rows, hidden]`, given that by each
@@ -193,10 +194,6 @@ fn by_logits(logits: &Tensor, targets: &Tensor, coefficients: &Tensor) -> Result
         &targets.f_unsqueeze(1)?,
         &coefficients,
     )
-}
-
-fn to_host(values: &Tensor) -> Result<Vec<f32>, TchError> {
-    Vec::try_from(values.f_reshape([-1])?.f_to_device(tch::Device::Cpu)?)
 }
 
 #[cfg(test)]

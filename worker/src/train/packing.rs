@@ -7,6 +7,7 @@ use tch::{Device, Kind, TchError, Tensor};
 use super::error::TrainError;
 use super::masks::PairMasks;
 use super::types::{MicroBatch, TokenPair};
+use crate::host;
 use crate::model::ops::product_kind;
 
 /// Where a pair's tokens stand among the packed ones.
@@ -125,7 +126,7 @@ impl Packed {
             masks.push(PairMasks::new(&span, window, product_kind(kind, device), device)?);
             spans.push(span);
         }
-        let tensor = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(device);
+        let tensor = |values: &[i64]| host::upload(values, device);
         Ok(Self {
             ids: tensor(&ids)?,
             positions: tensor(&positions)?,

@@ -13,6 +13,7 @@ use super::parameters::{Buckets, Place};
 use super::trace::Tracer;
 use super::types::Recompute;
 use crate::collective::ProcessGroup;
+use crate::host;
 use crate::model::ops::operands;
 use crate::model::{Block, Decoder, Rotations};
 
@@ -145,7 +146,7 @@ impl Pass<'_> {
         sink: &mut Sink<'_>,
     ) -> Result<Tensor, TrainError> {
         let head = self.head();
-        let coefficients = Tensor::f_from_slice(coefficients)?.f_to_device(self.policy.device())?;
+        let coefficients = host::upload(coefficients, self.policy.device())?;
         let place = sink.buckets.head();
         let by_normed = head.backward(normed, &coefficients, |words, left, right| {
             sink.gradients.add_in_place(sink.buckets, place, |sum| {
@@ -185,7 +186,7 @@ impl Pass<'_> {
         if ids.is_empty() {
             return Ok(());
         }
-        let index = |values: &[i64]| Tensor::f_from_slice(values)?.f_to_device(device);
+        let index = |values: &[i64]| host::upload(values, device);
         let by_token = gradient.f_index_select(0, &index(&tokens)?)?.f_to_kind(Kind::Float)?;
         let mut by_id = Tensor::f_embedding_dense_backward(
             &by_token,

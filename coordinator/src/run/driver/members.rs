@@ -3,10 +3,10 @@
 
 use anyhow::{Context, Result, bail};
 use serde_json::json;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::{Driver, Event, Rank, WorkerEvent, WorkerExit, resume, unix_seconds};
-use crate::server::{AttachPlan, Link, LinkId, Origin, Outgoing};
+use crate::server::{AttachPlan, Link, LinkId, NoPlace, Origin, Outgoing};
 use crate::store::Entry;
 
 /// A worker that is attached.
@@ -24,8 +24,11 @@ impl Driver {
         match event {
             WorkerEvent::Attach { rank, about, host, id, link, answer } => {
                 let answered = self.admit(rank, id, &link, host);
-                if let Err(why) = &answered {
-                    warn!(%rank, why, "refuse a worker");
+                match &answered {
+                    Ok(()) => {}
+                    Err(NoPlace::Never(why)) => warn!(%rank, why, "refuse a worker"),
+                    // It asks again, several times a second.
+                    Err(NoPlace::Taken(why)) => debug!(%rank, why, "turn a worker away"),
                 }
                 let is_in = answered.is_ok();
                 let is_listening = answer.send(answered).is_ok();
@@ -72,15 +75,17 @@ impl Driver {
     }
 
     /// Lets a worker in, in a generation of its own.
-    fn admit(&mut self, rank: Rank, id: LinkId, link: &Link, host: String) -> Result<(), String> {
+    fn admit(&mut self, rank: Rank, id: LinkId, link: &Link, host: String) -> Result<(), NoPlace> {
         let world_size = self.session.workers;
         if rank.0 >= world_size {
-            return Err(format!("slot {rank} is outside this run's {world_size} workers"));
+            let why = format!("slot {rank} is outside this run's {world_size} workers");
+            return Err(NoPlace::Never(why));
         }
         if self.peers.contains_key(&rank) {
-            return Err(format!("slot {rank} has its worker already"));
+            return Err(NoPlace::Taken(format!("slot {rank} has its worker already")));
         }
-        let generation = self.next_generation().map_err(|error| format!("{error:#}"))?;
+        let generation = self.next_generation();
+        let generation = generation.map_err(|error| NoPlace::Never(format!("{error:#}")))?;
         link.welcome(rank, self.plan(generation));
         self.peers.insert(rank, Peer { link: link.clone(), id, generation, host });
         Ok(())

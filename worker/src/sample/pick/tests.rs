@@ -3,6 +3,7 @@ use std::collections::HashMap;
 use tch::Device;
 
 use super::*;
+use crate::host::count::{self, Crossings};
 use crate::sample::Uniforms;
 
 fn params(temperature: f64, top_p: f64) -> SamplingParams {
@@ -189,7 +190,10 @@ fn draws_follow_what_every_cut_leaves() {
                 let scores = rows.to_kind(Kind::Float) / temperature;
                 let sums = [&scores, &rows].map(|x| x.logsumexp([-1], true));
                 let draws = draws(&uniforms);
+                count::take();
                 let drawn = on_gpu(&scores, &sums[0], &rows, &sums[1], &params, &draws);
+                // All of 200 tokens are candidates.
+                assert_eq!(count::take(), Crossings { reads: 1, uploads: 0 });
                 let theirs: Vec<u32> = drawn.unwrap().iter().map(|drawn| drawn.id).collect();
                 assert_eq!(ids, theirs);
             }
@@ -216,5 +220,24 @@ fn draws_follow_what_every_cut_leaves() {
         let spread = 2.0 / (9.0 * freedom);
         let bound = freedom * (1.0 - spread + 3.0902 * spread.sqrt()).powi(3);
         assert!(cells > 5 && statistic < bound, "{params:?}: {statistic} of {bound}");
+    }
+}
+
+#[test]
+fn a_row_that_its_candidates_do_not_settle_is_read_once_more() {
+    // The second row is flat: the highest 256 of 1,000 hold a quarter of it.
+    let steep = Tensor::arange(1000, (Kind::Float, Device::Cpu)) * 0.1;
+    let rows = Tensor::stack(&[steep, Tensor::zeros([1000], (Kind::Float, Device::Cpu))], 0);
+    let params = params(0.8, 0.9);
+    let uniforms = [0.5, 0.5];
+    let expected = choose(&rows, &params, &draws(&uniforms)).unwrap();
+    let scores = &rows / params.temperature;
+    let sums = [&scores, &rows].map(|x| x.logsumexp([-1], true));
+    count::take();
+    let drawn = on_gpu(&scores, &sums[0], &rows, &sums[1], &params, &draws(&uniforms)).unwrap();
+    assert_eq!(count::take(), Crossings { reads: 2, uploads: 0 });
+    for (drawn, expected) in drawn.iter().zip(&expected) {
+        assert_eq!(drawn.id, expected.id);
+        assert!((drawn.logp - expected.logp).abs() < 1e-5, "{drawn:?} is not {expected:?}");
     }
 }

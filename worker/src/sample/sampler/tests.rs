@@ -4,6 +4,7 @@ use std::path::Path;
 use tch::{Device, Kind};
 
 use super::*;
+use crate::host::count::{self, Crossings};
 use crate::model::ModelConfig;
 use crate::sample::{Finish, SamplingEngine};
 
@@ -363,4 +364,39 @@ fn aborted_shards_leave_nothing_behind() {
 fn resident_bytes() -> i64 {
     let status = std::fs::read_to_string("/proc/self/statm").unwrap();
     status.split(' ').nth(1).unwrap().parse::<i64>().unwrap() * 4096
+}
+
+/// The table of `host.rs`. Greedy choice is a GPU's too.
+#[test]
+fn a_decode_step_reads_no_more_than_it_must() {
+    let model = model();
+    for (temperature, reads, uploads) in [(0.0, 1, 3), (0.9, 3, 4)] {
+        // As long as each other: no padding to hide.
+        let mut shard = shard(&[40; 5], temperature, &[]);
+        shard.engine.drafting = false;
+        let mut steps = Vec::new();
+        count::take();
+        let sampled = sample_shard(&model, &shard, &mut |_| {
+            steps.push(count::take());
+            ControlFlow::Continue(())
+        });
+        assert_eq!(sampled.unwrap().len(), 5);
+        // The prompts' states are wanted of their last tokens alone: one index more.
+        assert_eq!(steps[0], Crossings { reads, uploads: uploads + 1 });
+        assert_eq!(steps[1..], [Crossings { reads, uploads }; 23]);
+
+        // Rows in groups, behind a beginning that they share, with guesses.
+        shard = self::shard(&[700, 40, 300, 9], temperature, &[]);
+        shard
+            .prompts
+            .iter_mut()
+            .for_each(|prompt| prompt.tokens.splice(0..0, 0..90).for_each(drop));
+        let sampled = sample_shard(&model, &shard, &mut |_| {
+            let Crossings { reads: more, uploads } = count::take();
+            assert!(more == 0 || more == reads, "{more} reads");
+            assert!(uploads <= 5 + 4 + 1, "{uploads} uploads");
+            ControlFlow::Continue(())
+        });
+        assert!(sampled.is_ok());
+    }
 }

@@ -19,6 +19,7 @@ use super::{
     TrainError, TrainStep, Trainer, TrainingSettings,
 };
 use crate::collective::{ProcessGroup, Store};
+use crate::host::count::{self, Crossings};
 use crate::model::Decoder;
 
 const VOCABULARY: i64 = 61;
@@ -346,4 +347,17 @@ fn adamw_decays_matrices_and_spares_norms() {
     for ((name, decayed), (_, plain)) in trained(0.5).into_iter().zip(trained(0.0)) {
         assert_eq!(decayed.equal(&plain), name.ends_with("norm.weight"), "{name}");
     }
+}
+
+/// The table of `host.rs`.
+#[test]
+fn a_step_reads_no_more_than_it_must() {
+    let dir = model();
+    let mut trainer = begun(dir.path(), Kind::Float);
+    let share = || vec![batch(0..4), batch(4..6)];
+    count::take();
+    trainer.score(&share(), &never).unwrap();
+    assert_eq!(count::take(), Crossings { reads: 2, uploads: 2 * 4 });
+    trainer.step(&step(0, 6, share()), None, &never).unwrap();
+    assert_eq!(count::take(), Crossings { reads: 2 + 1, uploads: 2 * 8 });
 }
