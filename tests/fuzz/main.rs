@@ -37,6 +37,9 @@ struct Arguments {
     /// Draws the inputs; another seed, other inputs.
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// The number of the input to begin with.
+    #[arg(long, default_value_t = 0)]
+    first: u64,
     /// Where inputs that break something are kept.
     #[arg(long, value_name = "DIR", default_value = "target/fuzz")]
     keep: PathBuf,
@@ -64,7 +67,9 @@ fn carry_out(arguments: &Arguments) -> Result<usize> {
     if let Some(path) = &arguments.replay {
         let [name] = &arguments.targets[..] else { bail!("--replay takes one target") };
         let bytes = std::fs::read(path).with_context(|| format!("read {}", path.display()))?;
-        target(name)?.try_input(&bytes);
+        let mut target = target(name)?;
+        watch::bound_memory()?;
+        target.try_input(&bytes);
         println!("{name}: nothing");
         return Ok(0);
     }
@@ -77,7 +82,7 @@ fn carry_out(arguments: &Arguments) -> Result<usize> {
     let mut failed = 0;
     for name in targets {
         let time = Duration::from_secs(arguments.seconds);
-        let found = watch::watch(name, arguments.seed, time, &arguments.keep)?;
+        let found = watch::watch(name, arguments.seed, arguments.first, time, &arguments.keep)?;
         failed += usize::from(found > 0);
     }
     println!("{} passed, {failed} failed", targets.len() - failed);

@@ -52,13 +52,20 @@ pub(crate) fn bound_memory() -> Result<()> {
     Ok(setrlimit(Resource::As, Rlimit { current: Some(bytes), maximum })?)
 }
 
-/// Feeds one target for `time` of a processor's; returns how often something broke.
-pub(crate) fn watch(name: &str, seed: u64, time: Duration, keep: &Path) -> Result<u64> {
+/// Feeds one target for `time` of a processor's, from input `first` on; returns how often
+/// something broke.
+pub(crate) fn watch(
+    name: &str,
+    seed: u64,
+    mut first: u64,
+    time: Duration,
+    keep: &Path,
+) -> Result<u64> {
     let folder = tempfile::tempdir()?;
     let (counter_path, log_path) = (folder.path().join("number"), folder.path().join("log"));
     let counter = Counter::open(&counter_path)?;
     let mut computed = Duration::ZERO;
-    let (mut first, mut found) = (0, 0);
+    let mut found = 0;
     while computed < time && found < ENOUGH {
         counter.set(first)?;
         let mut child = Command::new(std::env::current_exe()?)

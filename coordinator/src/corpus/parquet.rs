@@ -36,8 +36,7 @@ const TURNS: &str = "a string, a message {role, content}, or a list of messages"
 fn open(path: &Path, file: File) -> Result<ParquetRecordBatchReaderBuilder<Ended>, CorpusError> {
     // Without the writer's arrow types every text is plain Utf8 and every list a List.
     let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
-    contained(|| ParquetRecordBatchReaderBuilder::try_new_with_options(Ended(file), options))
-        .map_err(|problem| broken(path, 0, problem))
+    contain::parquet(file, options).map_err(|problem| broken(path, 0, problem))
 }
 
 fn broken(path: &Path, row: u64, problem: String) -> CorpusError {

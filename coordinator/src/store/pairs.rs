@@ -24,7 +24,7 @@ use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Field, FieldRef, Fields, Schema, UInt32Type};
 use arrow::error::ArrowError;
 use parquet::arrow::ArrowWriter;
-use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::arrow::arrow_reader::ArrowReaderOptions;
 use parquet::arrow::arrow_writer::ArrowWriterOptions;
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::errors::ParquetError;
@@ -34,7 +34,7 @@ use sha2::{Digest, Sha256};
 use super::error::StoreError;
 use super::manifest::FileEntry;
 use super::publish;
-use crate::contain::{self, Ended, contained};
+use crate::contain::{self, contained};
 use crate::domain::{Message, PairId, PairRow, Role, Side, TokenPair};
 
 /// Says what wrote the file; raised with its columns, not with the program.
@@ -97,7 +97,7 @@ fn write_groups(to: &mut (impl Write + Send), rows: &[PairRow]) -> Result<(), Pa
 pub fn read_pairs(path: &Path) -> Result<Vec<PairRow>, StoreError> {
     let file = File::open(path).map_err(StoreError::io("open", path))?;
     let damaged = |problem: String| StoreError::malformed(path, problem, REMEDY);
-    let builder = contained(|| ParquetRecordBatchReaderBuilder::try_new(Ended(file)))
+    let builder = contain::parquet(file, ArrowReaderOptions::new())
         .map_err(|e| damaged(format!("not a whole Parquet file: {e}")))?;
     for expected in schema().fields() {
         let found = builder

@@ -4,6 +4,8 @@
 //! file's end for hours (found by `make fuzz`). Nothing of ours belongs in here: a panic of
 //! our own is a bug to be seen.
 
+mod footer;
+
 use std::cell::Cell;
 use std::fmt::Display;
 use std::fs::File;
@@ -12,6 +14,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::sync::Once;
 
 use bytes::Bytes;
+use parquet::arrow::arrow_reader::{ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
 use parquet::file::reader::{ChunkReader, Length};
 
 thread_local! {
@@ -58,9 +61,18 @@ pub(crate) fn items<T, E: Display>(
     })
 }
 
+/// A reader of the Parquet file's rows, once its footer is seen to be whole.
+pub(crate) fn parquet(
+    file: File,
+    options: ArrowReaderOptions,
+) -> Result<ParquetRecordBatchReaderBuilder<Ended>, String> {
+    footer::check(&file)?;
+    contained(|| ParquetRecordBatchReaderBuilder::try_new_with_options(Ended(file), options))
+}
+
 /// A Parquet file, behind whose end nothing can be read: the decoder skips what a damaged
 /// header says is there, entry by entry, and takes the end for an empty entry.
-pub(crate) struct Ended(pub(crate) File);
+pub(crate) struct Ended(File);
 
 /// A part of it, in order.
 pub(crate) struct Part(File);
