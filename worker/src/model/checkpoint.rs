@@ -119,6 +119,7 @@ impl Checkpoint {
     }
 
     /// A tied head may be written out once more, if it says the same.
+    #[expect(clippy::disallowed_methods, reason = "once, as the model is loaded")]
     fn check_tied_copy(&self, layout: &Layout) -> Result<(), ModelError> {
         let (head, embedding) = (layout.prefix.head(), layout.prefix.embedding());
         let file = &self.files[self.tensors[&head]];

@@ -80,6 +80,7 @@ impl Snapshot {
     }
 
     /// Copies `run` from the files to its place in memory.
+    #[expect(clippy::disallowed_methods, reason = "what was saved is read back")]
     pub(super) fn read(&self, run: &Run) -> Result<(), TrainError> {
         let mut buffer = Vec::new();
         for stored in self.tensors.get(&run.tensor).into_iter().flatten() {
