@@ -273,6 +273,7 @@ pub(super) fn incoming(message: pb::WorkerMessage) -> Result<Incoming, String> {
                 .collect::<Result<_, String>>()?,
         },
         Up::EmbedResult(_) => return Err("embeddings that nobody asked for".to_owned()),
+        Up::RateResult(_) => return Err("ratings that nobody asked for".to_owned()),
         Up::StepResult(m) => Report::Stepped(StepOutcomes {
             step: Step(m.step),
             grad_norm: m.grad_norm,
