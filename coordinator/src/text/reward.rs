@@ -9,17 +9,18 @@
 //! with a blank line between, without the names of who speaks: these models were trained on
 //! questions and answers, and know no template.
 
+mod pair;
+
 use std::path::{Path, PathBuf};
 
 use jiff::civil::Date;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
-use tokenizers::{Tokenizer, TruncationDirection, TruncationParams, TruncationStrategy};
 
+use self::pair::PairText;
 use super::error::TextError;
-use super::files::{CheckpointFile, carried, read_json, read_json_if_present};
-use super::model::{TextModel, TextOptions, keep_end, load_tokenizer};
-use super::special::SpecialTokens;
+use super::files::{CheckpointFile, carried, read_json};
+use super::model::{TextModel, TextOptions, keep_end};
 use crate::domain::{Message, Role};
 
 /// Text side of a reward model. `Sync`: threads may share it.
@@ -33,8 +34,8 @@ pub struct RewardText {
 
 #[derive(Debug)]
 enum Form {
-    /// A question and an answer: one tokenizer that cuts them, and one that does not.
-    Pair { whole: Tokenizer, cut: Tokenizer },
+    /// A question and an answer.
+    Pair(Box<PairText>),
     /// A conversation.
     Chat(Box<TextModel>),
 }
@@ -66,8 +67,7 @@ impl RewardText {
             }
         };
         let form = if config["model_type"] == "deberta-v2" {
-            let whole = load_tokenizer(directory, &SpecialTokens::read(directory)?)?;
-            Form::Pair { cut: cutting(&whole, directory, max_length)?, whole }
+            Form::Pair(Box::new(PairText::load(directory, max_length)?))
         } else {
             let options = TextOptions { chat_template: None, today };
             let text = TextModel::load(directory, &options).map_err(|error| match error {
@@ -104,7 +104,7 @@ impl RewardText {
     /// [`TextError::Refused`] where the chat template raises, and the tokenizer's.
     pub fn sequence(&self, context: &[Message], reply: &str) -> Result<Vec<u32>, TextError> {
         match &self.form {
-            Form::Pair { whole, cut } => self.pair(whole, cut, context, reply),
+            Form::Pair(text) => text.sequence(context, reply),
             Form::Chat(text) => {
                 let mut messages = context.to_vec();
                 messages.push(Message::new(Role::Assistant, reply));
@@ -113,49 +113,6 @@ impl RewardText {
             }
         }
     }
-
-    fn pair(
-        &self,
-        whole: &Tokenizer,
-        cut: &Tokenizer,
-        context: &[Message],
-        reply: &str,
-    ) -> Result<Vec<u32>, TextError> {
-        let encode = |tokenizer: &Tokenizer, turns: &[Message]| {
-            let texts: Vec<&str> = turns.iter().map(|turn| turn.content.as_str()).collect();
-            let encoding = tokenizer.encode_fast((texts.join("\n\n"), reply), true);
-            let encoding = encoding.map_err(|error| TextError::Encode {
-                path: self.directory.join("tokenizer.json"),
-                reason: error.to_string(),
-            })?;
-            Ok(encoding.get_ids().to_vec())
-        };
-        let last = context.len().saturating_sub(1);
-        for oldest in 0..last {
-            let ids = encode(whole, &context[oldest..])?;
-            if ids.len() <= self.max_length {
-                return Ok(ids);
-            }
-        }
-        encode(cut, &context[last.min(context.len())..])
-    }
-}
-
-/// The tokenizer with `truncation=True` and that `max_length`.
-fn cutting(whole: &Tokenizer, directory: &Path, max_length: usize) -> Result<Tokenizer, TextError> {
-    let config = read_json_if_present(&directory.join("tokenizer_config.json"))?;
-    let direction = match config.get("truncation_side").and_then(Value::as_str) {
-        Some("left") => TruncationDirection::Left,
-        _ => TruncationDirection::Right,
-    };
-    let strategy = TruncationStrategy::LongestFirst;
-    let mut cut = whole.clone();
-    cut.with_truncation(Some(TruncationParams { direction, max_length, strategy, stride: 0 }))
-        .map_err(|error| TextError::Tokenizer {
-            path: directory.join("tokenizer.json"),
-            reason: error.to_string(),
-        })?;
-    Ok(cut)
 }
 
 /// SHA-256 over the files that decide a sequence, and its length.

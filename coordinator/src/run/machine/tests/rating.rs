@@ -51,8 +51,10 @@ fn whoever_is_lost_its_batch_goes_to_another_and_the_successor_loads_the_policy(
     let is_last = |e: &Effect| matches!(e, Effect::Send(Rank(1), Command::Rate { .. }));
     let before = simulate(&mut machine, attach(2), &is_last);
     let held = |rank| {
-        let of_rank = work(&before).into_iter().filter(move |(of, _)| *of == rank);
-        of_rank.last().map(|(_, command)| command).unwrap()
+        let is_it = |(of, command): &(Rank, Command)| {
+            *of == rank && matches!(command, Command::Rate { .. })
+        };
+        work(&before).into_iter().find(is_it).expect("a batch").1
     };
     let lost = held(Rank(1));
     let effects = machine.step(Duration::ZERO, Event::Lost(Rank(1), "killed".into()));
