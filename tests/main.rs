@@ -19,6 +19,7 @@ mod methods;
 mod model_parity;
 mod presets;
 mod recovery;
+mod reward_parity;
 mod run;
 mod sample_parity;
 mod scale;

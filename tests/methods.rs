@@ -3,19 +3,19 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use arrow::array::{Array, AsArray};
 use drift_coordinator::config::Settings;
-use drift_coordinator::domain::{Iteration, PairRow, PromptId, Sample, Side};
+use drift_coordinator::domain::{Iteration, PairRow, PromptId, Ratings, Sample, Side};
 use drift_coordinator::run::driver::{Prepared, prepare};
 use drift_coordinator::store::{Journal, pairs::read_pairs};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde_json::Value;
 
 use crate::support::{
-    data, demo_model, ended, first_steps_are_ln_2, published, resume, signalled_at, small,
-    small_model, succeeds,
+    coordinator, data, demo_model, ended, first_steps_are_ln_2, model::text, published, python,
+    resume, signalled_at, small, small_model, succeeds,
 };
 
 const CONVERSATIONS: &str = "sat_dsat_annotation.json";
@@ -49,6 +49,27 @@ fn run_of(
     command
 }
 
+/// A run of IterDPO whose samples `reward` rates.
+fn rated_run_of(
+    run: &Path,
+    model: &Path,
+    reward: &Path,
+    corpus: &str,
+    guidance: &str,
+) -> std::process::Command {
+    let mut command = run_of(run, model, "iter-dpo", corpus, guidance);
+    command.args(["--set", &format!("reward.model={}", text(reward))]);
+    command
+}
+
+/// A small DeBERTa and a small decoder that rate, beside `model`.
+fn reward_models(folder: &Path, model: &Path) -> [PathBuf; 2] {
+    let [pair, chat] = ["reward-pair", "reward-chat"].map(|name| folder.join(name));
+    python("reward_text.py", &["pair", text(&pair), text(&data("wildfeedback.json"))]);
+    python("reward_text.py", &["chat", text(&chat), text(model)]);
+    [pair, chat]
+}
+
 /// What one side of a method's pairs must be.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Expected {
@@ -56,8 +77,12 @@ enum Expected {
     Sample(u32),
     /// The corpus's reply.
     Corpus,
+    /// Of two samples, the one that is rated higher.
+    Better,
+    /// The other one.
+    Worse,
 }
-use Expected::{Corpus, Sample as Drawn};
+use Expected::{Better, Corpus, Sample as Drawn, Worse};
 
 /// A raw file's replies by record: (last user turn of x, reply, user's answer to it, label).
 struct Raw {
@@ -111,15 +136,22 @@ fn raw_pairs(side: &'static str) -> BTreeMap<u64, Raw> {
 struct Left {
     prepared: Prepared,
     samples: BTreeMap<(u32, u64, u32), Sample>,
+    ratings: BTreeMap<u32, Ratings>,
     rows: BTreeMap<u32, Vec<PairRow>>,
 }
 
-fn look(run: &Path, model: &Path) -> Left {
+fn look(run: &Path, model: &Path, reward: Option<&Path>) -> Left {
     let settings = Settings::frozen(&run.join("config.toml")).unwrap();
-    let prepared = prepare(&settings, model, &mut |_, _, _| {}).unwrap();
+    let prepared = prepare(&settings, model, reward, &mut |_, _, _| {}).unwrap();
     let (journal, _) = Journal::open(&run.join("journal.sqlite")).unwrap();
-    let mut left = Left { prepared, samples: BTreeMap::new(), rows: BTreeMap::new() };
+    let mut left = Left {
+        prepared,
+        samples: BTreeMap::new(),
+        ratings: BTreeMap::new(),
+        rows: BTreeMap::new(),
+    };
     for k in 1..=ITERATIONS {
+        left.ratings.insert(k, journal.ratings(Iteration(k)).unwrap());
         for sample in journal.samples(Iteration(k)).unwrap() {
             left.samples.insert((k, sample.prompt.0, sample.index), sample);
         }
@@ -145,8 +177,14 @@ impl Left {
             false => (&row.tokens.rejected, &row.rejected),
         };
         match (side, is) {
-            (Side::Sample { iteration, prompt, index, .. }, Drawn(expected)) => {
-                assert_eq!(*index, expected);
+            (Side::Sample { iteration, prompt, index, .. }, Drawn(_) | Better | Worse) => {
+                let rating = |index| self.ratings[&iteration.0][&(*prompt, index)];
+                let is_as_expected = match is {
+                    Drawn(expected) => *index == expected,
+                    Better => rating(*index) > rating(1 - *index),
+                    _ => rating(*index) < rating(1 - *index),
+                };
+                assert!(is_as_expected, "sample {index} of {prompt} where {is:?} belongs");
                 let sample = &self.samples[&(iteration.0, prompt.0, *index)];
                 let whole = self.prepared.text.sampled_response(sample, usize::MAX);
                 assert!(whole.starts_with(ids), "the ids are those in the journal");
@@ -167,6 +205,7 @@ fn every_side_came_from_where_the_method_says() {
     let folder = tempfile::tempdir().unwrap();
     let model = folder.path().join("model");
     small_model::write(&demo_model(), &model).unwrap();
+    let [pair_reward, chat_reward] = reward_models(folder.path(), &model);
     let conversations = raw_conversations();
     let (originals, worse) = (raw_pairs("chosen"), raw_pairs("rejected"));
     let cells = [
@@ -175,24 +214,31 @@ fn every_side_came_from_where_the_method_says() {
         ("iter-dpo", CONVERSATIONS, Drawn(0), Drawn(1), "dsat", &conversations),
         ("drift", PAIRS, Drawn(0), Corpus, "rejected", &worse),
         ("spin", PAIRS, Corpus, Drawn(0), "chosen", &originals),
+        ("iter-dpo", PAIRS, Better, Worse, "rejected", &worse),
     ];
     for (method, corpus, chosen, rejected, label, raw) in cells {
         for guidance in ["on", "off"] {
-            if (method, guidance) == ("iter-dpo", "off") {
-                continue; // Refused: see below.
-            }
+            let is_rated = method == "iter-dpo" && (corpus == PAIRS || guidance == "off");
+            let (chosen, rejected) = if is_rated { (Better, Worse) } else { (chosen, rejected) };
+            // Either kind of reward model serves either corpus.
+            let reward = if corpus == PAIRS { &pair_reward } else { &chat_reward };
             let name = format!("{method} on {corpus}, guidance {guidance}");
             let run = folder.path().join(name.replace(' ', "-"));
-            let ended = succeeds(run_of(&run, &model, method, corpus, guidance));
+            let ended = succeeds(match is_rated {
+                true => rated_run_of(&run, &model, reward, corpus, guidance),
+                false => run_of(&run, &model, method, corpus, guidance),
+            });
             assert!(ended.stdout.starts_with(&format!("{method} from ")), "{}", ended.stdout);
             first_steps_are_ln_2(&run, ITERATIONS);
 
-            let left = look(&run, &model);
+            let left = look(&run, &model, is_rated.then_some(reward));
+            let rated: usize = left.ratings.values().map(BTreeMap::len).sum();
+            assert_eq!(rated, if is_rated { left.samples.len() } else { 0 }, "{name}");
             let is_guided = |index: usize| {
                 corpus == CONVERSATIONS
                     && match method {
                         "drift" => guidance == "on",
-                        "iter-dpo" => index == 0,
+                        "iter-dpo" => guidance == "on" && index == 0,
                         _ => false,
                     }
             };
@@ -236,18 +282,28 @@ fn what_needs_a_reward_model_is_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let model = demo_model();
     let run = folder.path().join("run");
-    for (corpus, guidance, code, words) in [
-        (CONVERSATIONS, "off", 2, "method, sampling.guidance"),
-        (PAIRS, "off", 2, "method, sampling.guidance"),
-        (PAIRS, "on", 1, PAIRS),
-    ] {
-        let ended = ended(run_of(&run, &model, "iter-dpo", corpus, guidance));
+    let is_refused = |command, code, words: &[&str]| {
+        let ended = ended(command);
         assert_eq!(ended.code, Some(code), "{}", ended.stderr);
-        for word in [words, "reward model", "method = \"drift\""] {
+        for word in words {
             assert!(ended.stderr.contains(word), "{word:?} is not in: {}", ended.stderr);
         }
         assert!(!run.exists());
+    };
+    for (corpus, guidance, code, words) in [
+        (CONVERSATIONS, "off", 2, "reward.model, sampling.guidance"),
+        (PAIRS, "off", 2, "reward.model, sampling.guidance"),
+        (PAIRS, "on", 1, PAIRS),
+    ] {
+        let command = run_of(&run, &model, "iter-dpo", corpus, guidance);
+        is_refused(command, code, &[words, "reward model", "reward-model-deberta-v3-large-v2"]);
     }
+    let unused = rated_run_of(&run, &model, &model, CONVERSATIONS, "on");
+    is_refused(unused, 1, &["reward.model is set, and nothing would be rated", CONVERSATIONS]);
+    let other = rated_run_of(&run, &model, &model, PAIRS, "on");
+    is_refused(other, 1, &["LlamaForCausalLM", "ForSequenceClassification", text(&model)]);
+    let missing = rated_run_of(&run, &model, Path::new("/nowhere/at/all"), PAIRS, "on");
+    is_refused(missing, 1, &["/nowhere/at/all: no such folder"]);
     let contented = ended(run_of(&run, &model, "spin", "dsat_data.jsonl", "on"));
     assert_eq!(contented.code, Some(1));
     assert!(contented.stderr.contains("no SAT turn"), "{}", contented.stderr);
@@ -277,6 +333,47 @@ fn iter_dpo_killed_while_it_samples_ends_with_the_same_bytes() {
     assert_eq!(published(&runs[0]), published(&runs[1]));
 }
 
+/// Killed while replies are rated, and behind the commit that says they are; stopped so too.
+#[test]
+fn a_rated_run_that_is_cut_short_ends_with_the_same_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    small_model::write(&demo_model(), &model).unwrap();
+    let [reward, _] = reward_models(folder.path(), &model);
+    let command = |run: &Path| {
+        let mut command = rated_run_of(run, &model, &reward, PAIRS, "on");
+        for setting in ["workers=2", "launch.threads=1", "training.iterations=1", "reward.batch=3"]
+        {
+            command.args(["--set", setting]);
+        }
+        command
+    };
+    let calm = folder.path().join("calm");
+    succeeds(command(&calm));
+    let log = |run: &Path| std::fs::read_to_string(run.join("logs/coordinator.log")).unwrap();
+    for (line, signal, code) in [
+        (" begin iteration=1 phase=Rating", "KILL", None),
+        (" committed iteration=1 phase=rated", "KILL", None),
+        (" begin iteration=1 phase=Rating", "TERM", Some(143)),
+        (" begin iteration=1 phase=Rating", "USR1", Some(138)),
+    ] {
+        let run = folder.path().join(format!("{signal}{}", line.len()));
+        let ended = signalled_at(command(&run), line, signal).expect(line);
+        assert_eq!(ended.code, code, "{line}, {signal}: {}", ended.stderr);
+        let is_rated = ended.stderr.contains(" committed iteration=1 phase=rated");
+        if signal == "USR1" {
+            assert!(is_rated, "it leaves behind the phase: {}", ended.stderr);
+        }
+        succeeds(resume(&run));
+        let rated = log(&run).matches(" begin iteration=1 phase=Rating").count();
+        assert_eq!(rated, if is_rated { 1 } else { 2 }, "{line}, {signal}");
+        assert_eq!(published(&calm), published(&run), "{line}, {signal}");
+        let verified = coordinator(&["verify", text(&run)]);
+        let verified = succeeds(verified).stdout;
+        assert!(verified.contains(" ratings, "), "{verified}");
+    }
+}
+
 /// As SPIN's authors train: on the pairs of the iteration before too.
 #[test]
 fn spin_takes_the_last_two_iterations_pairs() {
@@ -287,7 +384,7 @@ fn spin_takes_the_last_two_iterations_pairs() {
     let mut command = run_of(&run, &model, "spin", CONVERSATIONS, "on");
     command.args(["--set", "training.pair_iterations=2"]);
     succeeds(command);
-    let left = look(&run, &model);
+    let left = look(&run, &model, None);
     let of = |k: u32, from: u32, held_out: bool| {
         let is_from = |side: &Side| matches!(side, Side::Sample { iteration, .. } if *iteration == Iteration(from));
         let rows = left.rows[&k].iter();

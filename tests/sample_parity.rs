@@ -178,6 +178,8 @@ fn embeddings_are_the_last_hidden_states_of_transformers() {
     let mut models: BTreeMap<String, _> =
         names.into_iter().map(|name| (name.clone(), dir.path().join(name))).collect();
     models.insert("demo".to_owned(), demo);
+    let embedder = asked["embedder"].as_str().unwrap();
+    models.insert(embedder.to_owned(), dir.path().join(embedder));
 
     let (question, out) = (dir.path().join("question.json"), dir.path().join("embeddings.st"));
     let content = json!({"models": &models, "prompts": &prompts});

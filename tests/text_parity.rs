@@ -5,6 +5,7 @@
 //! tokenizers. Whole strings are compared, and the ids of each distinct one.
 
 mod edges;
+mod reward;
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;

@@ -12,7 +12,7 @@ pub mod v1 {
 
 /// Version a worker names in its `Hello`. Raised by any change that an older
 /// peer would misread; the coordinator refuses every other version.
-pub const PROTOCOL_VERSION: u32 = 4;
+pub const PROTOCOL_VERSION: u32 = 5;
 
 /// Environment variable that hands a worker its run's join token. Never a
 /// command-line argument: those are public on a shared machine.

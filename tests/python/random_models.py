@@ -2,18 +2,25 @@
 
 import torch
 from transformers import (
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     Gemma3Config,
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    Gemma3TextForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     MistralConfig,
     MistralForCausalLM,
+    MistralForSequenceClassification,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
 )
 
 FAMILIES = {
@@ -22,6 +29,14 @@ FAMILIES = {
     "qwen2": (Qwen2ForCausalLM, Qwen2Config),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config),
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig),
+}
+RATING = {
+    "deberta": (DebertaV2ForSequenceClassification, DebertaV2Config),
+    "llama": (LlamaForSequenceClassification, LlamaConfig),
+    "mistral": (MistralForSequenceClassification, MistralConfig),
+    "qwen2": (Qwen2ForSequenceClassification, Qwen2Config),
+    "qwen3": (Qwen3ForSequenceClassification, Qwen3Config),
+    "gemma3": (Gemma3TextForSequenceClassification, Gemma3TextConfig),
 }
 SETTINGS = dict(
     vocab_size=131,
@@ -34,6 +49,18 @@ SETTINGS = dict(
 # What a family has of its own: a scale that is not head_dim's, and windows shorter than
 # what tests read.
 OWN = {
+    # As DeBERTa-v3 has it, but for few buckets and a farthest distance that tests pass.
+    "deberta": dict(
+        max_position_embeddings=512,
+        max_relative_positions=64,
+        norm_rel_ebd="layer_norm",
+        pos_att_type="p2c|c2p",
+        position_biased_input=False,
+        position_buckets=8,
+        relative_attention=True,
+        share_att_key=True,
+        type_vocab_size=0,
+    ),
     "mistral": dict(sliding_window=24),
     "qwen3": dict(head_dim=24),
     "gemma3": dict(
@@ -55,6 +82,12 @@ def create(family, **settings):
     """A model of `family`, drawn from torch's generator; `settings` go over its own."""
     architecture, config = FAMILIES[family]
     return drawn(architecture(config(**settings_of(family, **settings))))
+
+
+def rating(family, **settings):
+    """As `create`: a model that rates sequences, by one number."""
+    architecture, config = RATING[family]
+    return drawn(architecture(config(num_labels=1, **settings_of(family, **settings))))
 
 
 def multimodal():
@@ -88,6 +121,6 @@ def drawn(model):
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0.0, 0.3)
-            elif "norm" in name:
+            elif "norm" in name.lower():
                 parameter.uniform_(lowest, lowest + 1.0)
     return model

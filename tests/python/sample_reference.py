@@ -22,6 +22,7 @@ from model_reference import generated, stop_ids_of
 
 CONVERSATIONS = 32
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
+EMBEDDER = "qwen3-embedding"
 
 
 def load(model_dir):
@@ -51,6 +52,19 @@ def real_prompts(tokenizer, data):
     return [prompt for prompts in chosen for prompt in prompts]
 
 
+def save_embedder(folder, vocab_size):
+    """As Qwen3-Embedding is on the hub: the tensors of the base model, under its names for
+    them, and a configuration that calls it a language model."""
+    model = random_models.create(
+        "qwen3", vocab_size=vocab_size, initializer_range=0.2, tie_word_embeddings=True
+    )
+    model.model.save_pretrained(folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | {"architectures": ["Qwen3ForCausalLM"]}
+    file.write_text(json.dumps(config))
+    assert "norm.weight" in load_file(folder / "model.safetensors")
+
+
 def prompts(model_dir, data, directory):
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     torch.manual_seed(20252)
@@ -60,10 +74,12 @@ def prompts(model_dir, data, directory):
             family, vocab_size=len(tokenizer), initializer_range=0.2, max_position_embeddings=4096
         )
         model.save_pretrained(Path(directory) / family)
+    save_embedder(Path(directory) / EMBEDDER, len(tokenizer))
     return {
         "prompts": real_prompts(tokenizer, data),
         "stop_ids": stop_ids_of(GenerationConfig.from_pretrained(model_dir)),
         "models": list(FAMILIES),
+        "embedder": EMBEDDER,
     }
 
 

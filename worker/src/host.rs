@@ -10,6 +10,7 @@
 //! | decode step | 1: the candidates of all rows, and 1 for each row that they do not settle | 4: ids, positions, places, whose states are wanted; and one for each group of rows that attend together and differ in length, and for each shared beginning (both twice behind a window) |
 //! | decode step with a repetition penalty, or too early for stop ids | 1, as above | one more for each such row, and each of both |
 //! | sequences embedded together | 1 | 3 |
+//! | sequence rated | 1: its rating | 1 by an encoder, 3 by a decoder |
 //! | micro-batch scored | 1: the scores of its rows | 4: ids, positions, predictors, targets |
 //! | micro-batch trained on | 1: the same | 8: those, coefficients, and 3 that say which tokens the embedding's gradients are of |
 //! | step | 1: the norm by which gradients are clipped | 0 |

@@ -5,6 +5,7 @@
 //! | [`model`] | one decoder driven by `config.json`, its weights in safetensors |
 //! | [`sample`] | sampling with a KV cache, by host-drawn uniforms |
 //! | [`train`] | scoring and data-parallel DPO steps, block by block |
+//! | [`reward`] | reward models, which rate whole conversations |
 //! | [`collective`] | libtorch's own c10d behind a C++ bridge: the one place with `unsafe` |
 //! | [`agent`] | the stream to the coordinator, and the thread that owns libtorch |
 //! | `host` | what goes between host and device, counted |
@@ -18,6 +19,7 @@ pub mod agent;
 pub mod collective;
 mod host;
 pub mod model;
+pub mod reward;
 pub mod sample;
 pub mod train;
 

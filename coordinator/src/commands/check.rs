@@ -8,14 +8,14 @@ use anyhow::{Context, Result};
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use serde::Serialize;
 
-use super::model::local_model;
+use super::model::Named;
 use super::reading::ReadingBar;
 use super::run::base;
 use crate::cli::CheckArguments;
 use crate::config::{Base, Guidance, Layers, Method, Overlong, Settings};
 use crate::corpus::{Counts, Kind};
 use crate::hub::DatasetFile;
-use crate::run::driver::{Corpora, text_model, tokenise};
+use crate::run::driver::{Corpora, reward_text, text_model, tokenise};
 use crate::run::forecast::{
     Amounts, IterationForecast, LengthForecast, global_batch, iterations, lengths,
 };
@@ -31,6 +31,8 @@ struct Plan {
     model: String,
     /// Where it lies, if it is on this machine.
     model_dir: Option<PathBuf>,
+    /// What rates samples, where that is asked for.
+    reward: Option<RewardPlan>,
     workers: u32,
     pairs_per_step: usize,
     /// Corpora on the hub that are not in its cache: counts are then not known.
@@ -40,6 +42,25 @@ struct Plan {
     lengths: Vec<LengthForecast>,
     /// What became of the seed pairs, if the tokenizer is here.
     seed_pairs: Option<PairCounts>,
+}
+
+#[derive(Debug, Serialize)]
+struct RewardPlan {
+    model: String,
+    /// Where it lies, if it is on this machine.
+    model_dir: Option<PathBuf>,
+    /// Tokens that it reads of a prompt and a reply at most, if it is.
+    max_length: Option<usize>,
+}
+
+impl RewardPlan {
+    fn of(settings: &Settings) -> Result<Option<Self>> {
+        let Some(named) = Named::reward(settings) else { return Ok(None) };
+        let model_dir = named.find_here()?;
+        let text = model_dir.as_ref().map(|folder| reward_text(settings, folder)).transpose()?;
+        let max_length = text.map(|text| text.max_length());
+        Ok(Some(Self { model: settings.reward.model.clone(), model_dir, max_length }))
+    }
 }
 
 /// Prints the plan.
@@ -80,7 +101,8 @@ fn plan(name: String, settings: &Settings, progress: &Progress) -> Result<Plan> 
         method: settings.method,
         guidance: settings.sampling.guidance,
         model: settings.model.clone(),
-        model_dir: local_model(settings)?,
+        model_dir: Named::model(settings).find_here()?,
+        reward: RewardPlan::of(settings)?,
         workers: settings.workers,
         pairs_per_step: global_batch(settings),
         not_here: Vec::new(),
@@ -148,6 +170,15 @@ fn render(plan: &Plan, settings: &Settings) -> String {
             count(sampling.max_prompt_tokens)
         ),
     );
+    if let Some(reward) = &plan.reward {
+        let reads = reward.max_length.map(|n| format!(", reads {} tokens at most", count(n)));
+        let lies = match &reward.model_dir {
+            Some(folder) => format!("in {}", folder.display()),
+            None => "which the hub is asked for when the run begins".to_owned(),
+        };
+        let (model, reads) = (&reward.model, reads.unwrap_or_default());
+        line("rating", format!("both replies to a prompt by {model}, {lies}{reads}"));
+    }
     let overlong = match settings.text.overlong {
         Overlong::Cut => "cut",
         Overlong::Drop => "dropped",
@@ -220,6 +251,9 @@ fn method_line(settings: &Settings) -> String {
     match settings.method {
         Method::Drift => format!("drift: a fresh reply, {guided}, over the one that disappointed"),
         Method::Spin => "spin: the reply that satisfied over a fresh one".to_owned(),
+        Method::IterDpo if !settings.reward.model.is_empty() => {
+            "iter-dpo: of two fresh replies the one that is rated higher over the other".to_owned()
+        }
         Method::IterDpo => {
             "iter-dpo: a fresh reply that was guided over one that was not".to_owned()
         }

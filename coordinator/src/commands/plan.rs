@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use serde::Serialize;
 
-use super::model::local_model;
+use super::model::Named;
 use super::run::base;
 use crate::cli::{PlanArguments, SettingsArguments};
 use crate::config::{ByteSize, DType, Layers, OptimizerChoice, Recompute, Settings, Sharding};
@@ -39,6 +39,8 @@ struct Plan {
     times: Times,
     amounts: Amounts,
     rates: Rates,
+    /// What rates samples; it is not counted.
+    reward_model: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -131,12 +133,13 @@ fn made(arguments: &PlanArguments, settings: &Settings) -> Result<Plan> {
         set,
         amounts,
         rates,
+        reward_model: Some(settings.reward.model.clone()).filter(|name| !name.is_empty()),
     })
 }
 
 /// The model's own, where it is; else what is known of its namesake.
 fn config_json(settings: &Settings) -> Result<String> {
-    if let Some(folder) = local_model(settings)? {
+    if let Some(folder) = Named::model(settings).find_here()? {
         let path = folder.join("config.json");
         return std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()));
     }
@@ -218,6 +221,11 @@ fn render(plan: &Plan, arguments: &SettingsArguments) -> String {
         plan.rates.memory / 1e12,
         plan.rates.link / 1e9
     ));
+    if let Some(name) = &plan.reward_model {
+        line(format!(
+            "Not counted: the memory of {name}, which stands beside the weights while it rates replies, and its time."
+        ));
+    }
     if arguments.workers.is_none() {
         line("--gpus says how many GPUs; --gpu-memory how large they are.".to_owned());
     }

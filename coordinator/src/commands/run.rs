@@ -11,7 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::{error, info, warn};
 
-use super::model::find_model;
+use super::model::Named;
 use super::reading::ReadingBar;
 use crate::cli::{RunArguments, SettingsArguments};
 use crate::config::{Base, ConfigError, Layers, Settings};
@@ -191,8 +191,10 @@ fn complete(settings: &mut Settings, arguments: &RunArguments) -> Result<()> {
         settings.run.dir = format!("runs/{name}-{}", now.strftime("%Y%m%d-%H%M%S"));
     }
     // A hub name stays one; a folder is the same from anywhere.
-    if Path::new(&settings.model).is_dir() {
-        settings.model = std::path::absolute(&settings.model)?.display().to_string();
+    for model in [&mut settings.model, &mut settings.reward.model] {
+        if Path::new(&*model).is_dir() {
+            *model = std::path::absolute(&*model)?.display().to_string();
+        }
     }
     for name in settings.corpus.0.iter_mut().chain(&mut settings.seeds.0) {
         if name != "demo" && DatasetFile::parse(name)?.is_none() {
@@ -283,7 +285,9 @@ const INPUTS: &str = "inputs";
 
 /// Finds the model, and reads and tokenises the corpora.
 fn read(settings: &Settings, progress: &Progress) -> Result<Inputs> {
-    let model_dir = find_model(settings, progress)?;
+    let model_dir = Named::model(settings).find(progress)?;
+    let reward = Named::reward(settings);
+    let reward_dir = reward.map(|named| named.find(progress)).transpose()?;
     for name in settings.corpus.0.iter().chain(&settings.seeds.0) {
         if let Some(file) = DatasetFile::parse(name)? {
             file.fetch(progress)?;
@@ -291,7 +295,9 @@ fn read(settings: &Settings, progress: &Progress) -> Result<Inputs> {
     }
     let mut bar = ReadingBar::new(progress);
     let prepared =
-        prepare(settings, &model_dir, &mut |path, size, bytes| bar.update(path, size, bytes))?;
+        prepare(settings, &model_dir, reward_dir.as_deref(), &mut |path, size, bytes| {
+            bar.update(path, size, bytes);
+        })?;
     bar.close();
     info!(
         method = %prepared.method,
@@ -316,7 +322,8 @@ fn run_id(settings: &Settings) -> Result<String> {
     same.launch =
         crate::config::LaunchSettings { threads: settings.launch.threads, ..Default::default() };
     same.models_dir = String::new();
-    for path in same.corpus.0.iter_mut().chain(&mut same.seeds.0).chain([&mut same.model]) {
+    let models = [&mut same.model, &mut same.reward.model];
+    for path in same.corpus.0.iter_mut().chain(&mut same.seeds.0).chain(models) {
         *path =
             PathBuf::from(&*path).file_name().unwrap_or_default().to_string_lossy().into_owned();
     }

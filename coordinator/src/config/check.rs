@@ -146,10 +146,23 @@ impl Settings {
             &["training.pair_iterations"],
             "an iteration needs pairs of its own; take 1, or 2 for those before it too".into(),
         );
+        let names_reward_model = !self.reward.model.is_empty();
         require(
-            self.method != Method::IterDpo || sampling.guidance == Guidance::On,
-            &["method", "sampling.guidance"],
-            "\"iter-dpo\" prefers the guided reply to the unguided one, and two unguided ones need a reward model, which there is none yet; take guidance = \"on\", or method = \"drift\"".into(),
+            self.method == Method::IterDpo || !names_reward_model,
+            &["reward.model", "method"],
+            "only \"iter-dpo\" lets samples be rated; take it, or name no reward model".into(),
+        );
+        require(
+            self.method != Method::IterDpo
+                || sampling.guidance == Guidance::On
+                || names_reward_model,
+            &["reward.model", "sampling.guidance"],
+            "of two unguided replies only a reward model tells the better one; name one, such as \"OpenAssistant/reward-model-deberta-v3-large-v2\", or take guidance = \"on\"".into(),
+        );
+        require(
+            self.reward.batch > 0,
+            &["reward.batch"],
+            "a batch needs at least one sample".into(),
         );
         require(
             training.pairs_per_worker > 0,
@@ -315,7 +328,17 @@ mod tests {
             s.method = Method::IterDpo;
             s.sampling.guidance = Guidance::Off;
         };
-        assert_eq!(keys(unguided), [["method", "sampling.guidance"]]);
+        assert_eq!(keys(unguided), [["reward.model", "sampling.guidance"]]);
+        assert!(
+            keys(|s| {
+                s.method = Method::IterDpo;
+                s.sampling.guidance = Guidance::Off;
+                s.reward.model = "r".into();
+            })
+            .is_empty()
+        );
+        assert_eq!(keys(|s| s.reward.model = "r".into()), [["reward.model", "method"]]);
+        assert_eq!(keys(|s| s.reward.batch = 0), [["reward.batch"]]);
         let decayed = ["training.weight_decay", "training.optimizer"];
         assert_eq!(keys(|s| s.training.weight_decay = 0.01), [decayed]);
         let empty: fn(&mut Settings) = |s| s.sampling.stop_strings = vec!["###".into(), "".into()];

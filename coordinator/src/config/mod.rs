@@ -11,8 +11,8 @@ pub use check::{ConfigProblem, Problems};
 pub use load::{Base, ConfigError, DEMO_CONFIG, DEMO_CORPUS, Layers};
 pub use presets::presets;
 pub use settings::{
-    DataSettings, LaunchSettings, OptionRow, RunSettings, SamplingSettings, Settings, TextSettings,
-    TrainingSettings, options,
+    DataSettings, LaunchSettings, OptionRow, RewardSettings, RunSettings, SamplingSettings,
+    Settings, TextSettings, TrainingSettings, options,
 };
 pub use table::table;
 pub use types::{

@@ -11,17 +11,20 @@ macro_rules! presets {
 presets![
     "demo",
     "gemma-3-12b-ultrafeedback-drift",
+    "gemma-3-12b-ultrafeedback-iterdpo",
     "gemma-3-12b-ultrafeedback-spin",
     "gemma-3-12b-wildfeedback-drift",
     "gemma-3-12b-wildfeedback-iterdpo",
     "gemma-3-12b-wildfeedback-spin",
     "paper",
     "qwen2.5-14b-ultrafeedback-drift",
+    "qwen2.5-14b-ultrafeedback-iterdpo",
     "qwen2.5-14b-ultrafeedback-spin",
     "qwen2.5-14b-wildfeedback-drift",
     "qwen2.5-14b-wildfeedback-iterdpo",
     "qwen2.5-14b-wildfeedback-spin",
     "qwen2.5-7b-ultrafeedback-drift",
+    "qwen2.5-7b-ultrafeedback-iterdpo",
     "qwen2.5-7b-ultrafeedback-spin",
     "qwen2.5-7b-wildfeedback-drift",
     "qwen2.5-7b-wildfeedback-drift-5-iterations",
@@ -31,6 +34,7 @@ presets![
     "qwen2.5-7b-wildfeedback-iterdpo",
     "qwen2.5-7b-wildfeedback-iterdpo-5-iterations",
     "qwen2.5-7b-wildfeedback-iterdpo-controlled",
+    "qwen2.5-7b-wildfeedback-iterdpo-unguided",
     "qwen2.5-7b-wildfeedback-spin",
     "qwen2.5-7b-wildfeedback-spin-5-iterations",
     "qwen2.5-7b-wildfeedback-spin-controlled",
@@ -93,6 +97,9 @@ mod tests {
             let data = data[1..].split('-').next().unwrap();
             assert!(settings.corpus.0[0].to_lowercase().contains(data), "{name}");
             assert_eq!(settings.sampling.guidance == Guidance::Off, says("unguided"), "{name}");
+            let is_rated = says("-iterdpo") && (says("ultrafeedback") || says("unguided"));
+            let reward = "OpenAssistant/reward-model-deberta-v3-large-v2";
+            assert_eq!(settings.reward.model, if is_rated { reward } else { "" }, "{name}");
             assert_eq!(settings.data.limit == 4000, says("controlled"), "{name}");
             let iterations = if says("5-iterations") { 5 } else { 2 };
             assert_eq!(settings.training.iterations, iterations, "{name}");

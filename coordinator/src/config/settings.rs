@@ -149,6 +149,23 @@ settings! {
 }
 
 settings! {
+    /// What tells the better of two samples.
+    RewardSettings("reward") {
+        /// Reward model, a folder or a name on the hub, which rates samples of `iter-dpo`
+        /// where no complaint guides one of them: in a corpus of pairs, and with
+        /// `sampling.guidance = "off"`. A DeBERTa-v2, or any decoder for sequence
+        /// classification with one label.
+        model: String = String::new();
+        /// Tokens that it reads of a prompt and a reply; 0: as many as it has positions.
+        max_length: usize = 0;
+        /// Samples that are handed to a worker together, those of like length.
+        batch: usize = 16;
+        /// Its compute type. `bf16` halves its memory, and rates more replies alike.
+        dtype: DType = DType::F32;
+    }
+}
+
+settings! {
     /// The recipe: defaults are the paper's published ones.
     TrainingSettings("training") {
         /// Iterations after the warm start (K).
@@ -318,6 +335,7 @@ settings! {
         table data: DataSettings;
         table text: TextSettings;
         table sampling: SamplingSettings;
+        table reward: RewardSettings;
         table training: TrainingSettings;
         table launch: LaunchSettings;
         table run: RunSettings;

@@ -22,7 +22,8 @@ choice! {
         Drift = "drift",
         /// Chosen: the reply that satisfied. Rejected: a fresh sample.
         Spin = "spin",
-        /// Chosen: a guided sample. Rejected: an unguided one.
+        /// Chosen: a guided sample. Rejected: an unguided one. Where nothing guides, the
+        /// better and the worse of two by a reward model.
         IterDpo = "iter-dpo",
     }
 }

@@ -6,4 +6,4 @@ mod pair;
 
 pub use conversation::{DsatSample, Message, Origin, Role, SatSample, SeedPair};
 pub use ids::{Epoch, Iteration, PairId, PromptId, ShardId, Step};
-pub use pair::{FinishReason, PairRow, ReferenceLogps, Sample, Side, TokenPair};
+pub use pair::{FinishReason, PairRow, Ratings, ReferenceLogps, Sample, Side, TokenPair};

@@ -1,5 +1,7 @@
 //! Samples and preference pairs.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::{Iteration, Message, Origin, PairId, PromptId};
@@ -26,6 +28,9 @@ pub struct Sample {
     /// Why it ended.
     pub finish: FinishReason,
 }
+
+/// What a reward model says of an iteration's samples, by prompt and index; higher is better.
+pub type Ratings = BTreeMap<(PromptId, u32), f64>;
 
 /// Token ids of one preference pair, cut to length: what workers compute on.
 #[derive(Debug, Clone, PartialEq, Eq)]

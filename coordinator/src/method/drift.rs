@@ -19,13 +19,13 @@ impl PreferenceMethod for Drift {
         })
     }
 
-    fn of_pair(&self, pair: &SeedPair) -> Option<Case> {
-        Some(Case {
+    fn of_pair(&self, pair: &SeedPair) -> Case {
+        Case {
             context: pair.context.clone(),
             reply: pair.rejected.clone(),
             feedback: None,
             origin: pair.origin.clone(),
-        })
+        }
     }
 
     fn prompts(&self, guidance: Guidance) -> &'static [Prompt] {
@@ -35,11 +35,11 @@ impl PreferenceMethod for Drift {
         }
     }
 
-    fn chosen(&self) -> Source {
+    fn chosen(&self, _: Guidance) -> Source {
         Source::Sample(0)
     }
 
-    fn rejected(&self) -> Source {
+    fn rejected(&self, _: Guidance) -> Source {
         Source::Corpus
     }
 

@@ -1,7 +1,7 @@
 //! Iterative DPO: of two fresh replies, the better one.
 //!
-//! Guidance makes the better one: it is drawn with the complaint in sight. Two replies to a
-//! bare prompt would need a reward model to tell them apart.
+//! Guidance makes the better one: it is drawn with the complaint in sight. Of two replies
+//! to a bare prompt a reward model tells which it is.
 
 use super::drift::Drift;
 use super::{Case, PreferenceMethod, Prompt, Source};
@@ -22,20 +22,30 @@ impl PreferenceMethod for IterDpo {
         Drift.of_conversation(record)
     }
 
-    fn of_pair(&self, _: &SeedPair) -> Option<Case> {
-        None
+    /// No side is the corpus's reply; which of the two stands in the case does not matter.
+    fn of_pair(&self, pair: &SeedPair) -> Case {
+        Drift.of_pair(pair)
     }
 
-    fn prompts(&self, _: Guidance) -> &'static [Prompt] {
-        &[Prompt::Guided, Prompt::Bare]
+    fn prompts(&self, guidance: Guidance) -> &'static [Prompt] {
+        match guidance {
+            Guidance::On => &[Prompt::Guided, Prompt::Bare],
+            Guidance::Off => &[Prompt::Bare, Prompt::Bare],
+        }
     }
 
-    fn chosen(&self) -> Source {
-        Source::Sample(GUIDED)
+    fn chosen(&self, guidance: Guidance) -> Source {
+        match guidance {
+            Guidance::On => Source::Sample(GUIDED),
+            Guidance::Off => Source::Better,
+        }
     }
 
-    fn rejected(&self) -> Source {
-        Source::Sample(UNGUIDED)
+    fn rejected(&self, guidance: Guidance) -> Source {
+        match guidance {
+            Guidance::On => Source::Sample(UNGUIDED),
+            Guidance::Off => Source::Worse,
+        }
     }
 
     fn needs(&self) -> (&'static str, &'static str) {

@@ -19,13 +19,13 @@ impl PreferenceMethod for Spin {
         })
     }
 
-    fn of_pair(&self, pair: &SeedPair) -> Option<Case> {
-        Some(Case {
+    fn of_pair(&self, pair: &SeedPair) -> Case {
+        Case {
             context: pair.context.clone(),
             reply: pair.chosen.clone(),
             feedback: None,
             origin: pair.origin.clone(),
-        })
+        }
     }
 
     /// Guidance asks to mend a reply; here there is none to mend.
@@ -33,11 +33,11 @@ impl PreferenceMethod for Spin {
         &[Prompt::Bare]
     }
 
-    fn chosen(&self) -> Source {
+    fn chosen(&self, _: Guidance) -> Source {
         Source::Corpus
     }
 
-    fn rejected(&self) -> Source {
+    fn rejected(&self, _: Guidance) -> Source {
         Source::Sample(0)
     }
 

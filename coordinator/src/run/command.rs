@@ -87,6 +87,11 @@ pub enum Command {
         /// Pairs computed together.
         micro_batches: Vec<Vec<PairRef>>,
     },
+    /// What the reward model says of samples.
+    Rate {
+        /// Which of the planned batches.
+        batch: u64,
+    },
     /// Fresh masters and optimiser state.
     BeginTraining,
     /// One optimiser step.
@@ -184,6 +189,13 @@ pub enum Report {
         batch: u64,
         /// Sums over response tokens.
         logps: Vec<(PairId, ReferenceLogps)>,
+    },
+    /// A batch is rated.
+    Rated {
+        /// Which.
+        batch: u64,
+        /// Of each of its samples, in order; higher is better.
+        ratings: Vec<f64>,
     },
     /// A step is made.
     Stepped(StepOutcomes),

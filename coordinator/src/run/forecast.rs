@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::driver::{Corpora, Prepared};
 use super::plan::learning_rate;
-use crate::config::{Method, Settings};
+use crate::config::{Guidance, Method, Settings};
 use crate::domain::Iteration;
 use crate::method;
 use crate::text::{PairCounts, TextError, seed_pairs};
@@ -117,11 +117,13 @@ fn shown(steps: u64, warmup_ratio: f64) -> Vec<u64> {
 pub fn lengths(prepared: &Prepared) -> Result<(Vec<LengthForecast>, PairCounts), TextError> {
     let mut lengths = Vec::new();
     let draws = prepared.prompts.samples();
-    for index in 0..draws {
-        let what = match (draws, index, prepared.method) {
-            (2, 0, Method::IterDpo) => "sampling prompts, guided",
-            (2, _, Method::IterDpo) => "sampling prompts, unguided",
-            _ => "sampling prompts",
+    // Unguided, all samples of a case are drawn from the same prompt.
+    let is_guided = prepared.guidance == Guidance::On && prepared.method == Method::IterDpo;
+    for index in 0..if is_guided { draws } else { 1 } {
+        let what = match (is_guided, index) {
+            (true, 0) => "sampling prompts, guided",
+            (true, _) => "sampling prompts, unguided",
+            (false, _) => "sampling prompts",
         };
         let of_index = prepared.prompts.iter().skip(index).step_by(draws);
         lengths.extend(spread(what, of_index.map(|ids| ids.len()).collect()));

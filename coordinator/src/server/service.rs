@@ -95,7 +95,7 @@ pub enum WorkerEvent {
         id: LinkId,
         /// The way down to it.
         link: Link,
-        /// Whether it is let in.
+        /// Whether it has a place.
         answer: oneshot::Sender<Result<(), NoPlace>>,
     },
     /// It tells something.

@@ -55,6 +55,17 @@ pub enum Outgoing {
         /// Pairs computed together.
         micro_batches: Vec<PairBatch>,
     },
+    /// Rate sequences.
+    Rate {
+        /// Number that the answer repeats.
+        batch: u64,
+        /// Where the reward model lies.
+        directory: String,
+        /// Its compute type.
+        dtype: DType,
+        /// In its ids.
+        sequences: Vec<Vec<u32>>,
+    },
     /// Fresh training state, by this recipe.
     BeginTraining(Box<TrainingSettings>),
     /// One optimiser step.
@@ -133,6 +144,12 @@ impl From<Outgoing> for pb::CoordinatorMessage {
             Outgoing::Score { batch, micro_batches } => Down::Score(pb::ScoreBatch {
                 batch,
                 micro_batches: micro_batches.into_iter().map(micro_batch).collect(),
+            }),
+            Outgoing::Rate { batch, directory, dtype, sequences } => Down::Rate(pb::RateBatch {
+                batch,
+                directory,
+                dtype: wire_dtype(dtype) as i32,
+                sequences: sequences.into_iter().map(|tokens| pb::Sequence { tokens }).collect(),
             }),
             Outgoing::BeginTraining(training) => Down::BeginTraining(begin_training(&training)),
             Outgoing::TrainStep { step, learning_rate, global_pairs, micro_batches } => {
@@ -273,6 +290,14 @@ pub(super) fn incoming(message: pb::WorkerMessage) -> Result<Incoming, String> {
                 .collect::<Result<_, String>>()?,
         },
         Up::EmbedResult(_) => return Err("embeddings that nobody asked for".to_owned()),
+        Up::RateResult(m) => {
+            if let Some(rating) = m.ratings.iter().find(|rating| !rating.is_finite()) {
+                return Err(format!(
+                    "a reply is rated {rating}: the reward model's numbers overflow; check its weights, or take reward.dtype = \"f32\""
+                ));
+            }
+            Report::Rated { batch: m.batch, ratings: m.ratings }
+        }
         Up::StepResult(m) => Report::Stepped(StepOutcomes {
             step: Step(m.step),
             grad_norm: m.grad_norm,

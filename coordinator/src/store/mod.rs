@@ -4,7 +4,7 @@
 //! <run-dir>/
 //!   lock                          held by the one live coordinator
 //!   config.toml                   the resolved configuration, frozen
-//!   journal.sqlite                phases, samples, references, steps
+//!   journal.sqlite                phases, samples, ratings, references, steps
 //!   iterations/00/ 01/ …          00 is the warm start
 //!     pairs.parquet               what is trained on
 //!     metrics.jsonl               a view of the journal's steps
@@ -43,6 +43,8 @@ pub mod secrets;
 pub mod verify;
 
 pub use error::StoreError;
-pub use journal::{Commit, CommittedPhase, Entry, Journal, JournalWriter, RunMeta, StepRecord};
+pub use journal::{
+    Commit, CommittedPhase, Entry, Journal, JournalWriter, RunMeta, StepRecord, TO_BE_RATED,
+};
 pub use manifest::{FileEntry, Manifest, Subject, VerifyError};
 pub use run_dir::RunDir;

@@ -114,6 +114,14 @@ pub enum TextError {
         /// What the tokenizer library said.
         reason: String,
     },
+    /// The directory holds no reward model that can be read to.
+    #[error("reward model {}: {reason}", directory.display())]
+    Reward {
+        /// The model's directory.
+        directory: PathBuf,
+        /// What is wrong, and what would be right.
+        reason: String,
+    },
     /// A sample answers a prompt that the corpus does not hold.
     #[error(
         "sample {index} answers prompt {prompt}, but the corpus holds {prompts} prompts: was the corpus changed since the run began"

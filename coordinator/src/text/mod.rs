@@ -8,6 +8,7 @@
 //! | `special` | special tokens, and the ids at which a reply ends |
 //! | `held_out` | which prompts never train |
 //! | `stops` | where a sampled reply is cut because of what it says |
+//! | `reward` | what a reward model reads of a prompt and a reply |
 //! | `pairs` | rows of preference pairs, cut to length; drops counted by reason |
 
 mod error;
@@ -21,6 +22,7 @@ mod json;
 mod model;
 mod pairs;
 mod python;
+mod reward;
 mod special;
 mod stops;
 mod template;
@@ -30,4 +32,5 @@ pub use files::CheckpointFile;
 pub use held_out::{HeldOut, HeldOutSet, PromptKey, hold_out};
 pub use model::{DEFAULT_INSTRUCTION, TextModel, TextOptions, guided_messages};
 pub use pairs::{Candidate, DropReason, Lengths, PairCounts, Reply, build_pairs, seed_pairs};
+pub use reward::RewardText;
 pub use stops::cut_at_stops;

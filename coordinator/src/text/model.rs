@@ -259,7 +259,10 @@ pub(crate) fn keep_end(mut ids: Vec<u32>, max_tokens: usize) -> Vec<u32> {
     ids
 }
 
-fn load_tokenizer(directory: &Path, special: &SpecialTokens) -> Result<Tokenizer, TextError> {
+pub(super) fn load_tokenizer(
+    directory: &Path,
+    special: &SpecialTokens,
+) -> Result<Tokenizer, TextError> {
     let path = directory.join("tokenizer.json");
     if !path.exists() {
         return Err(TextError::NoTokenizer { path });

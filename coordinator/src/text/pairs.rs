@@ -56,6 +56,8 @@ pub struct Candidate<'a> {
     pub chosen: Reply<'a>,
     /// y⁻.
     pub rejected: Reply<'a>,
+    /// Why it makes no pair, if neither of its sides is at fault.
+    pub flaw: Option<DropReason>,
 }
 
 /// The warm start's pairs, both sides from the corpus, in its order.
@@ -74,6 +76,7 @@ pub fn seed_pairs(
             context: &pair.context,
             chosen: Reply::Corpus { text: &pair.chosen, origin: &pair.origin },
             rejected: Reply::Corpus { text: &pair.rejected, origin: &pair.origin },
+            flaw: None,
         })
         .collect();
     build_pairs(text, &candidates, lengths, held_out)
@@ -101,7 +104,8 @@ pub fn build_pairs(
         for (((candidate, prompt), chosen), rejected) in
             taken.into_iter().zip(prompts).zip(chosen).zip(rejected)
         {
-            match cut(prompt, &chosen, &rejected, lengths) {
+            let cut = cut(prompt, &chosen, &rejected, lengths);
+            match cut.and_then(|cut| candidate.flaw.map_or(Ok(cut), Err)) {
                 Err(reason) => *counts.dropped.entry(reason).or_default() += 1,
                 Ok(cut) => {
                     let held_out = held_out.contains(candidate.context);

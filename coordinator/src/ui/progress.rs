@@ -45,6 +45,13 @@ pub enum Activity {
         /// How many in all.
         replies: u64,
     },
+    /// A reward model rates replies.
+    Rating {
+        /// Which iteration.
+        iteration: Iteration,
+        /// How many in all.
+        replies: u64,
+    },
     /// Reference log-probabilities are computed.
     Scoring {
         /// Which iteration.
@@ -83,6 +90,7 @@ impl Activity {
             Self::Downloading { file, .. } => return format!("downloading {file}"),
             Self::Checking { what, .. } => return format!("checking {what}"),
             Self::Sampling { iteration, .. } => (iteration, "sampling"),
+            Self::Rating { iteration, .. } => (iteration, "rating"),
             Self::Scoring { iteration, .. } => (iteration, "scoring"),
             Self::Training { iteration, .. } => (iteration, "training"),
             Self::Evaluating { iteration, .. } => (iteration, "evaluating"),
@@ -97,7 +105,7 @@ impl Activity {
             | Self::Downloading { bytes, .. }
             | Self::Checking { bytes, .. }
             | Self::Publishing { bytes, .. } => *bytes,
-            Self::Sampling { replies, .. } => *replies,
+            Self::Sampling { replies, .. } | Self::Rating { replies, .. } => *replies,
             Self::Training { steps, .. } => *steps,
             Self::Scoring { pairs, .. } | Self::Evaluating { pairs, .. } => *pairs,
         }
@@ -112,7 +120,7 @@ impl Activity {
             | Self::Publishing { bytes, .. } => {
                 return format!("{} of {}", format::bytes(done), format::bytes(*bytes));
             }
-            Self::Sampling { replies, .. } => (replies, "replies"),
+            Self::Sampling { replies, .. } | Self::Rating { replies, .. } => (replies, "replies"),
             Self::Training { steps, .. } => (steps, "steps"),
             Self::Scoring { pairs, .. } | Self::Evaluating { pairs, .. } => (pairs, "pairs"),
         };
@@ -130,6 +138,7 @@ impl Activity {
             }
             Self::Sampling { .. } => format!("{} tokens/s", format::rate(gauge.work_per_second())),
             Self::Training { .. } => format!("{} pairs/s", format::rate(gauge.work_per_second())),
+            Self::Rating { .. } => format!("{} replies/s", format::rate(gauge.per_second())),
             Self::Scoring { .. } | Self::Evaluating { .. } => {
                 format!("{} pairs/s", format::rate(gauge.per_second()))
             }

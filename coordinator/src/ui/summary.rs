@@ -212,15 +212,20 @@ fn logp(nats: f64) -> String {
 }
 
 fn cost(summary: &RunSummary, glyphs: Glyphs) -> String {
-    const PHASES: [(&str, &str); 5] = [
+    const PHASES: [(&str, &str); 6] = [
         ("sampled", "sampling"),
+        ("rated", "rating"),
         ("scored", "scoring"),
         ("trained", "training"),
         ("evaluated", "evaluating"),
         ("published", "publishing"),
     ];
+    // Not every run rates.
+    let was_done = |name: &str| summary.iterations.iter().any(|i| i.seconds.contains_key(name));
+    let phases: Vec<_> =
+        PHASES.into_iter().filter(|(name, _)| *name != "rated" || was_done(name)).collect();
     let fixed = ["iter", "tokens", "tokens/s", "pairs/s"];
-    let header: Vec<_> = fixed.into_iter().chain(PHASES.map(|(_, doing)| doing)).collect();
+    let header: Vec<_> = fixed.into_iter().chain(phases.iter().map(|(_, doing)| *doing)).collect();
     let mut table = table(glyphs, &header);
     for iteration in &summary.iterations {
         let phase = |name: &str| match iteration.seconds.get(name) {
@@ -233,7 +238,7 @@ fn cost(summary: &RunSummary, glyphs: Glyphs) -> String {
             iteration.sampled_tokens_per_second.map_or_else(|| "-".to_owned(), format::rate),
             format::rate(iteration.trained_pairs_per_second),
         ];
-        table.add_row(right(head.into_iter().chain(PHASES.map(|(name, _)| phase(name)))));
+        table.add_row(right(head.into_iter().chain(phases.iter().map(|(name, _)| phase(name)))));
     }
     table.trim_fmt()
 }

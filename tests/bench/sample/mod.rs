@@ -207,7 +207,7 @@ fn prompts(options: &SampleOptions, guidance: Guidance) -> Result<(Vec<Vec<u32>>
     settings.sampling.guidance = guidance;
     // The date is in no prompt of the demo's, but must be one.
     settings.text.today = "2026-01-01".to_owned();
-    let prepared = prepare(&settings, &options.model, &mut |_, _, _| {})?;
+    let prepared = prepare(&settings, &options.model, None, &mut |_, _, _| {})?;
     let stop_ids = prepared.text.stop_ids().to_vec();
     Ok((prepared.prompts.iter().collect(), stop_ids))
 }

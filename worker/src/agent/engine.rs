@@ -1,8 +1,11 @@
 //! The thread that owns libtorch: one command at a time, each answered once.
 
+mod messages;
+mod models;
+
 use std::net::{IpAddr, SocketAddr};
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -15,120 +18,11 @@ use tokio::sync::mpsc::UnboundedSender;
 use tracing::info;
 
 use crate::collective::{ProcessGroup, Store};
-use crate::model::{Decoder, SavedFile};
-use crate::sample::{self, Progress, Sample, SampleError, Sampled, Sampler};
-use crate::train::{
-    MicroBatch, PairLogps, StepReport, TrainError, TrainStep, Trainer, TrainingSettings,
-};
-
-/// What the engine is told.
-#[derive(Debug)]
-pub(super) enum Command {
-    Stop,
-    OpenGroup {
-        number: u64,
-        store: Option<String>,
-        timeout: Duration,
-    },
-    LoadModel {
-        directory: PathBuf,
-        kind: Kind,
-    },
-    Sample {
-        number: u64,
-        shard: sample::Shard,
-    },
-    Score {
-        batch: u64,
-        micro_batches: Vec<MicroBatch>,
-    },
-    Embed {
-        batch: u64,
-        sequences: Vec<Vec<u32>>,
-    },
-    BeginTraining(TrainingSettings),
-    TrainStep(TrainStep),
-    SaveState(PathBuf),
-    /// Copy now, write beside the next commands.
-    SaveStateBeside {
-        directory: PathBuf,
-        step: u64,
-    },
-    LoadState(PathBuf),
-    SaveModel(PathBuf),
-}
-
-impl Command {
-    /// As metrics name it.
-    pub(super) fn name(&self) -> &'static str {
-        match self {
-            Self::Stop => "stop",
-            Self::OpenGroup { .. } => "open_group",
-            Self::LoadModel { .. } => "load_model",
-            Self::Sample { .. } => "sample",
-            Self::Score { .. } => "score",
-            Self::Embed { .. } => "embed",
-            Self::BeginTraining(_) => "begin_training",
-            Self::TrainStep(_) => "train_step",
-            Self::SaveState(_) | Self::SaveStateBeside { .. } => "save_state",
-            Self::LoadState(_) => "load_state",
-            Self::SaveModel(_) => "save_model",
-        }
-    }
-}
-
-/// What it tells.
-#[derive(Debug)]
-pub(super) enum Reply {
-    StoreListening(String),
-    Done,
-    ModelReady {
-        parameters: u64,
-    },
-    SampleProgress {
-        shard: u64,
-        tokens: u64,
-        finished: u32,
-    },
-    Sampled {
-        shard: u64,
-        samples: Vec<Sample>,
-        seconds: f64,
-    },
-    Scored {
-        batch: u64,
-        logps: Vec<PairLogps>,
-    },
-    Embedded {
-        batch: u64,
-        embeddings: Vec<Vec<f32>>,
-    },
-    Stepped {
-        step: u64,
-        report: StepReport,
-        seconds: f64,
-    },
-    StateSaved(Vec<SavedFile>),
-    SnapshotWritten {
-        step: u64,
-        /// `Err` carries why not.
-        saved: Result<Vec<SavedFile>, String>,
-        copy_seconds: f64,
-        write_seconds: f64,
-    },
-    ModelSaved(Vec<SavedFile>),
-    Failed(String),
-}
-
-impl Reply {
-    /// Whether it answers a command, rather than telling of one under way.
-    pub(super) fn is_final(&self) -> bool {
-        !matches!(
-            self,
-            Self::StoreListening(_) | Self::SampleProgress { .. } | Self::SnapshotWritten { .. }
-        )
-    }
-}
+use crate::reward::RewardError;
+use crate::sample::{self, Progress, SampleError, Sampled};
+use crate::train::{MicroBatch, TrainError, TrainStep};
+pub(super) use messages::{Command, Reply};
+use models::Models;
 
 /// Progress is told this often; each time costs a message.
 const PROGRESS_PERIOD: Duration = Duration::from_millis(500);
@@ -172,8 +66,7 @@ impl Engine {
                 place,
                 replies,
                 stop: flag,
-                trainer: None,
-                sampler: None,
+                models: Models::none(device),
                 group: None,
                 _store: None,
                 writer: None,
@@ -208,9 +101,7 @@ struct Bench {
     place: Place,
     replies: UnboundedSender<Reply>,
     stop: Arc<AtomicBool>,
-    trainer: Option<Trainer>,
-    /// Of the weights as they are: gone as soon as they change.
-    sampler: Option<Sampler>,
+    models: Models,
     group: Option<ProcessGroup>,
     /// Rank 0's store must outlive the group's rendezvous.
     _store: Option<Store>,
@@ -245,14 +136,17 @@ impl Bench {
     }
 
     fn carry_out(&mut self, command: Command) -> Result<Reply> {
+        self.models.make_room_for(&command);
         match command {
             Command::Stop => bail!("stopped"),
             Command::OpenGroup { number, store, timeout } => {
                 self.open_group(number, store, timeout).context("form the process group")
             }
-            Command::LoadModel { directory, kind } => self
-                .load_model(&directory, kind)
-                .with_context(|| format!("load the model in {}", directory.display())),
+            Command::LoadModel { directory, kind } => {
+                let parameters = self.models.load(&directory, kind);
+                let place = || format!("load the model in {}", directory.display());
+                Ok(Reply::ModelReady { parameters: parameters.with_context(place)? })
+            }
             Command::Sample { number, shard } => {
                 self.sample(number, &shard).with_context(|| format!("sample shard {number}"))
             }
@@ -262,14 +156,17 @@ impl Bench {
             Command::Score { batch, micro_batches } => {
                 self.score(batch, &micro_batches).with_context(|| format!("score batch {batch}"))
             }
+            Command::Rate { batch, directory, kind, sequences } => {
+                self.rate(batch, &directory, kind, &sequences).with_context(|| {
+                    format!("rate batch {batch} by the model in {}", directory.display())
+                })
+            }
             Command::BeginTraining(settings) => {
-                self.sampler = None;
-                let trainer = self.trainer.as_mut().context("no model is loaded")?;
+                let trainer = self.models.trainer()?;
                 trainer.begin(settings, self.group.as_ref()).context("begin training")?;
                 Ok(Reply::Done)
             }
             Command::TrainStep(step) => {
-                self.sampler = None;
                 self.train(&step).with_context(|| format!("train step {}", step.step))
             }
             Command::SaveStateBeside { directory, step } => self
@@ -277,33 +174,29 @@ impl Bench {
                 .with_context(|| format!("copy training state for {}", directory.display())),
             Command::SaveState(folder) => {
                 self.await_writer();
-                let files = self.trainer()?.save_state(&folder);
+                let files = self.models.trainer()?.save_state(&folder);
                 let place = || format!("save training state in {}", folder.display());
                 Ok(Reply::StateSaved(files.with_context(place)?))
             }
             Command::LoadState(folder) => {
-                let loaded = self.trainer()?.load_state(&folder);
+                let loaded = self.models.trainer()?.load_state(&folder);
                 loaded.with_context(|| format!("load training state from {}", folder.display()))?;
                 Ok(Reply::Done)
             }
             Command::SaveModel(folder) => {
                 self.await_writer();
-                let files = self.trainer()?.policy().save(&folder);
+                let files = self.models.trainer()?.policy().save(&folder);
                 let place = || format!("save the model in {}", folder.display());
                 Ok(Reply::ModelSaved(files.with_context(place)?))
             }
         }
     }
 
-    fn trainer(&mut self) -> Result<&mut Trainer> {
-        self.trainer.as_mut().context("no model is loaded")
-    }
-
     /// Copies this rank's part of training state, and writes it on a thread of its own.
     fn save_beside(&mut self, folder: &Path, step: u64) -> Result<Reply> {
         self.await_writer();
         let began = Instant::now();
-        let copy = self.trainer()?.copy_state(folder)?;
+        let copy = self.models.trainer()?.copy_state(folder)?;
         let copy_seconds = began.elapsed().as_secs_f64();
         let (stop, replies) = (Arc::clone(&self.stop), self.replies.clone());
         let folder = folder.to_owned();
@@ -353,21 +246,6 @@ impl Bench {
         Ok(Reply::Done)
     }
 
-    fn load_model(&mut self, directory: &Path, kind: Kind) -> Result<Reply> {
-        // The old weights go first: two models need not fit.
-        (self.trainer, self.sampler) = (None, None);
-        let decoder = Decoder::load(directory, kind, self.device)?;
-        let parameters = decoder
-            .blocks
-            .iter()
-            .flat_map(|block| block.parameters())
-            .chain(decoder.outer_parameters())
-            .map(|parameter| parameter.tensor.numel() as u64)
-            .sum();
-        self.trainer = Some(Trainer::new(decoder));
-        Ok(Reply::ModelReady { parameters })
-    }
-
     fn sample(&mut self, number: u64, shard: &sample::Shard) -> Result<Reply> {
         let began = Instant::now();
         let mut told = began;
@@ -384,7 +262,7 @@ impl Bench {
                 ControlFlow::Continue(())
             }
         };
-        match self.sampler()?.sample(shard, &mut observe) {
+        match self.models.sampler()?.sample(shard, &mut observe) {
             Ok(Sampled { samples, work }) => {
                 let seconds = began.elapsed().as_secs_f64();
                 info!(shard = number, ?work, seconds, "sampled");
@@ -401,30 +279,47 @@ impl Bench {
             true => ControlFlow::Break(()),
             false => ControlFlow::Continue(()),
         };
-        let embeddings = self.sampler()?.embed(sequences, &mut observe)?;
+        let embeddings = self.models.sampler()?.embed(sequences, &mut observe)?;
         Ok(Reply::Embedded { batch, embeddings })
     }
 
-    fn sampler(&mut self) -> Result<&mut Sampler> {
-        if self.sampler.is_none() {
-            // Sampling begins an iteration: what trained the last one makes room for the cache.
-            self.trainer()?.end();
-            self.sampler = Some(Sampler::new(self.trainer()?.policy())?);
+    fn rate(
+        &mut self,
+        batch: u64,
+        directory: &Path,
+        kind: Kind,
+        sequences: &[Vec<u32>],
+    ) -> Result<Reply> {
+        let began = Instant::now();
+        let stop = Arc::clone(&self.stop);
+        let mut observe = |_| match stop.load(Ordering::Relaxed) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        };
+        match self.models.reward(directory, kind)?.rate(sequences, &mut observe) {
+            Ok(ratings) => {
+                let seconds = began.elapsed().as_secs_f64();
+                info!(batch, sequences = ratings.len(), seconds, "rated");
+                Ok(Reply::Rated { batch, ratings })
+            }
+            Err(RewardError::Stopped) => bail!("stopped"),
+            Err(error) => Err(error.into()),
         }
-        self.sampler.as_mut().context("no sampler")
     }
 
     fn score(&mut self, batch: u64, micro_batches: &[MicroBatch]) -> Result<Reply> {
         let stop = Arc::clone(&self.stop);
-        let logps = self.trainer()?.score(micro_batches, &|| stop.load(Ordering::Relaxed))?;
+        let logps =
+            self.models.trainer()?.score(micro_batches, &|| stop.load(Ordering::Relaxed))?;
         Ok(Reply::Scored { batch, logps })
     }
 
     fn train(&mut self, step: &TrainStep) -> Result<Reply> {
         let began = Instant::now();
         let stop = Arc::clone(&self.stop);
-        let trainer = self.trainer.as_mut().context("no model is loaded")?;
-        let report = trainer
+        let report = self
+            .models
+            .trainer()?
             .step(step, self.group.as_ref(), &|| stop.load(Ordering::Relaxed))
             .map_err(|error| match error {
                 TrainError::Stopped => anyhow::anyhow!("stopped"),

@@ -25,11 +25,7 @@ pub(super) fn command(body: Down) -> Result<Command, String> {
                 .map_err(|e| format!("open_group.timeout_seconds: {e}"))?,
         },
         Down::LoadModel(m) => Command::LoadModel {
-            kind: match m.dtype() {
-                pb::DType::F32 => Kind::Float,
-                pb::DType::Bf16 => Kind::BFloat16,
-                pb::DType::Unspecified => return Err("load_model without a dtype".to_owned()),
-            },
+            kind: kind(m.dtype()).ok_or("load_model without a dtype")?,
             directory: m.directory.into(),
         },
         Down::Sample(m) => {
@@ -70,9 +66,12 @@ pub(super) fn command(body: Down) -> Result<Command, String> {
         Down::Score(m) => {
             Command::Score { batch: m.batch, micro_batches: micro_batches(m.micro_batches) }
         }
-        Down::Embed(m) => Command::Embed {
+        Down::Embed(m) => Command::Embed { batch: m.batch, sequences: sequences(m.sequences) },
+        Down::Rate(m) => Command::Rate {
             batch: m.batch,
-            sequences: m.sequences.into_iter().map(|sequence| sequence.tokens).collect(),
+            kind: kind(m.dtype()).ok_or("rate without a dtype")?,
+            directory: m.directory.into(),
+            sequences: sequences(m.sequences),
         },
         Down::BeginTraining(m) => {
             let objective = m.objective.ok_or("begin_training without an objective")?;
@@ -100,6 +99,18 @@ pub(super) fn command(body: Down) -> Result<Command, String> {
             return Err("a message that carries no command".to_owned());
         }
     })
+}
+
+fn kind(dtype: pb::DType) -> Option<Kind> {
+    match dtype {
+        pb::DType::F32 => Some(Kind::Float),
+        pb::DType::Bf16 => Some(Kind::BFloat16),
+        pb::DType::Unspecified => None,
+    }
+}
+
+fn sequences(sequences: Vec<pb::Sequence>) -> Vec<Vec<u32>> {
+    sequences.into_iter().map(|sequence| sequence.tokens).collect()
 }
 
 fn objective(m: &pb::Objective) -> Result<Objective, String> {
@@ -210,6 +221,7 @@ pub(super) fn message(reply: Reply) -> Up {
             batch,
             embeddings: embeddings.into_iter().map(|values| pb::Embedding { values }).collect(),
         }),
+        Reply::Rated { batch, ratings } => Up::RateResult(pb::RateResult { batch, ratings }),
         Reply::Stepped { step, report, seconds } => Up::StepResult(pb::StepResult {
             step,
             grad_norm: report.grad_norm,
@@ -275,5 +287,30 @@ mod tests {
         let embedding = |values: &[f32]| pb::Embedding { values: values.to_vec() };
         let expected = vec![embedding(&[0.6, 0.8]), embedding(&[1.0, 0.0])];
         assert_eq!(result, pb::EmbedResult { batch: 7, embeddings: expected });
+    }
+    #[test]
+    fn conversations_come_in_and_ratings_go_out_in_order() {
+        let sequence = |tokens: &[u32]| pb::Sequence { tokens: tokens.to_vec() };
+        let asked = |dtype: pb::DType| {
+            command(Down::Rate(pb::RateBatch {
+                batch: 9,
+                directory: "models/reward".to_owned(),
+                dtype: dtype.into(),
+                sequences: vec![sequence(&[1, 2, 3]), sequence(&[4])],
+            }))
+        };
+        let Command::Rate { batch, directory, kind, sequences } = asked(pb::DType::Bf16).unwrap()
+        else {
+            panic!("another command");
+        };
+        assert_eq!((batch, directory), (9, PathBuf::from("models/reward")));
+        assert_eq!((kind, sequences), (Kind::BFloat16, vec![vec![1, 2, 3], vec![4]]));
+        assert_eq!(asked(pb::DType::Unspecified).unwrap_err(), "rate without a dtype");
+
+        let Up::RateResult(result) = message(Reply::Rated { batch, ratings: vec![-1.5, 2.0] })
+        else {
+            panic!("another message");
+        };
+        assert_eq!(result, pb::RateResult { batch: 9, ratings: vec![-1.5, 2.0] });
     }
 }

@@ -1,5 +1,7 @@
 //! Reading safetensors: files mapped into memory, every number in them checked.
 
+mod decoder;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::io::Read;
@@ -10,7 +12,8 @@ use serde::Deserialize;
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::error::ModelError;
-use super::layout::{Layout, Prefix};
+use super::layout::Slot;
+pub(super) use decoder::Untouched;
 
 /// Where a model's weights are when they fit into one file.
 pub(super) const SINGLE: &str = "model.safetensors";
@@ -21,7 +24,7 @@ const MAX_HEADER: u64 = 100_000_000;
 
 /// The weight files of one model directory.
 #[derive(Debug)]
-pub(super) struct Checkpoint {
+pub(crate) struct Checkpoint {
     /// The single file, or the index: what errors about the whole name.
     path: PathBuf,
     files: Vec<WeightFile>,
@@ -32,7 +35,7 @@ pub(super) struct Checkpoint {
 impl Checkpoint {
     /// Maps the weight files in `dir` and checks their headers. As in
     /// transformers, a single file goes before an index.
-    pub(super) fn open(dir: &Path) -> Result<Self, ModelError> {
+    pub(crate) fn open(dir: &Path) -> Result<Self, ModelError> {
         let (single, index) = (dir.join(SINGLE), dir.join(INDEX));
         if !single.exists() && index.exists() {
             return Self::open_sharded(dir, index);
@@ -83,11 +86,16 @@ impl Checkpoint {
         Ok(Self { path, files, tensors })
     }
 
-    /// Checks names, shapes and kinds against `layout`, without reading a weight.
-    pub(super) fn check(&self, layout: &Layout) -> Result<(), ModelError> {
+    /// Checks names, shapes and kinds against `slots`, without reading a weight. A tensor
+    /// that no slot has a part for must be one that `is_known` knows of.
+    pub(crate) fn check<'a>(
+        &self,
+        slots: impl Iterator<Item = &'a Slot>,
+        is_known: impl Fn(&str) -> bool,
+    ) -> Result<(), ModelError> {
         let mut expected = HashSet::new();
         let mut missing = Vec::new();
-        for slot in layout.slots() {
+        for slot in slots {
             for part in &slot.parts {
                 expected.insert(part.name.as_str());
                 match self.tensors.get(&part.name) {
@@ -101,55 +109,27 @@ impl Checkpoint {
         }
         for (at, file) in self.files.iter().enumerate() {
             let strays = self.tensors.iter().filter(|(name, of)| {
-                **of == at
-                    && !expected.contains(name.as_str())
-                    && !is_derived(name)
-                    && !layout.prefix.is_beside(name)
+                **of == at && !expected.contains(name.as_str()) && !is_known(name)
             });
-            let mut strays: Vec<_> = strays.map(|(name, _)| name.clone()).collect();
-            let head = layout.prefix.head();
-            let copy = strays.iter().position(|name| *name == head);
-            if let (Some(copy), true) = (copy, layout.outer.head.is_none()) {
-                self.check_tied_copy(layout)?;
-                strays.remove(copy);
-            }
-            refuse_strays(&file.path, strays)?;
+            refuse_strays(&file.path, strays.map(|(name, _)| name.clone()).collect())?;
         }
         Ok(())
     }
 
-    /// A tied head may be written out once more, if it says the same.
-    #[expect(clippy::disallowed_methods, reason = "once, as the model is loaded")]
-    fn check_tied_copy(&self, layout: &Layout) -> Result<(), ModelError> {
-        let (head, embedding) = (layout.prefix.head(), layout.prefix.embedding());
-        let file = &self.files[self.tensors[&head]];
-        let slot = &layout.outer.embedding;
-        file.check(&head, &slot.shape(slot.rows()))?;
-        if self.tensor(&head)?.f_equal(&self.tensor(&embedding)?)? {
-            return Ok(());
+    /// The tensor of `slot`, of its parts' rows one after another.
+    pub(crate) fn read(
+        &self,
+        slot: &Slot,
+        kind: Kind,
+        device: Device,
+    ) -> Result<Tensor, ModelError> {
+        let tensor = Tensor::f_empty(slot.shape(slot.rows()), (kind, device))?;
+        let mut start = 0;
+        for part in &slot.parts {
+            tensor.f_narrow(0, start, part.rows)?.f_copy_(&self.tensor(&part.name)?)?;
+            start += part.rows;
         }
-        let problem = format!(
-            "{head} differs from {embedding}, but config.json has tie_word_embeddings true; set \
-             it to false to use both"
-        );
-        Err(ModelError::malformed(&file.path, problem))
-    }
-
-    /// Under which names the decoder is here: those with which its embedding is found.
-    pub(super) fn prefix(&self, multimodal: bool) -> Prefix {
-        let [first, ..] = Prefix::MULTIMODAL;
-        let found = |prefix: &Prefix| self.tensors.contains_key(&prefix.embedding());
-        match multimodal {
-            true => Prefix::MULTIMODAL.into_iter().find(found).unwrap_or(first),
-            false => Prefix::PLAIN,
-        }
-    }
-
-    /// What is here beside the decoder: views into the mapping, which outlives the files'
-    /// names.
-    pub(super) fn untouched(&self, layout: &Layout) -> Result<Vec<Untouched>, ModelError> {
-        let beside = self.tensors.iter().filter(|(name, _)| layout.prefix.is_beside(name));
-        beside.map(|(name, &at)| Ok(self.files[at].untouched(name)?)).collect()
+        Ok(tensor)
     }
 
     /// The tensor `name` as the file has it: a view into the mapping.
@@ -169,22 +149,6 @@ fn refuse_strays(path: &Path, names: Vec<String>) -> Result<(), ModelError> {
         return Ok(());
     }
     Err(ModelError::UnexpectedTensors { path: path.to_path_buf(), names })
-}
-
-/// Old conversions of Llama stored the rotary frequencies, which follow from
-/// `config.json`; transformers drops them too.
-fn is_derived(name: &str) -> bool {
-    name.ends_with(".rotary_emb.inv_freq")
-}
-
-/// A tensor that is no part of the decoder, and is saved as it was read.
-#[derive(Debug)]
-pub(super) struct Untouched {
-    pub(super) name: String,
-    pub(super) dtype: Dtype,
-    pub(super) shape: Vec<usize>,
-    /// `[bytes]`, u8.
-    pub(super) content: Tensor,
 }
 
 /// One safetensors file.
@@ -284,16 +248,6 @@ impl WeightFile {
         };
         let shape: Vec<i64> = info.shape.iter().map(|&size| size as i64).collect();
         Ok(bytes.f_view_dtype(kind)?.f_view(shape.as_slice())?)
-    }
-
-    fn untouched(&self, name: &str) -> Result<Untouched, TchError> {
-        let info = &self.tensors[name];
-        Ok(Untouched {
-            name: name.to_owned(),
-            dtype: info.dtype,
-            shape: info.shape.clone(),
-            content: self.content(info)?,
-        })
     }
 
     /// A tensor's bytes: a view into the mapping.

@@ -1,6 +1,8 @@
 //! `config.json`, read strictly: what the decoder cannot compute is refused by name.
 
 mod family;
+mod file;
+mod head;
 mod rope;
 mod windows;
 
@@ -13,6 +15,10 @@ use super::error::ModelError;
 use super::ops::{Activation, NormScale};
 pub use family::Architecture;
 use family::Described;
+pub(crate) use family::{Purpose, classes};
+pub(crate) use file::{ConfigFile, typed};
+pub use head::Head;
+pub(crate) use head::check_one_label;
 pub use rope::{RopeConfig, RopeScaling};
 
 /// Largest size accepted for any one dimension: far above any model's, and low
@@ -66,8 +72,8 @@ pub struct ModelConfig {
     pub qkv_bias: bool,
     /// Whether attention's output projection has a bias.
     pub output_bias: bool,
-    /// Whether the head is the embedding itself.
-    pub tie_word_embeddings: bool,
+    /// What stands behind the final norm.
+    pub head: Head,
     /// The token whose embedding row gets no gradient from look-ups, as
     /// `torch.nn.Embedding(padding_idx=…)` has it in transformers.
     pub pad_token_id: Option<i64>,
@@ -111,21 +117,26 @@ struct RawConfig {
 }
 
 impl ModelConfig {
-    /// Reads `config.json` in `dir`.
+    /// Reads `config.json` in `dir`: a language model's.
     ///
     /// Errors name the file, the field, what it holds and what is supported.
     pub fn read(dir: &Path) -> Result<Self, ModelError> {
-        let path = dir.join("config.json");
-        let text = std::fs::read_to_string(&path).map_err(ModelError::io("read", &path))?;
-        Self::parse(&text, &path)
+        Self::of(ConfigFile::read(dir)?, Purpose::Text)
     }
 
-    /// Checks the text of a `config.json`; `path` is what errors name.
+    /// Checks the text of a language model's `config.json`; `path` is what errors name.
     pub fn parse(text: &str, path: &Path) -> Result<Self, ModelError> {
-        let malformed = |e| ModelError::malformed(path, format!("not a model configuration: {e}"));
-        let entries: Map<String, Value> = serde_json::from_str(text).map_err(malformed)?;
-        let Described { architecture, multimodal, entries } = family::describe(entries, path)?;
-        let raw: RawConfig = serde_json::from_value(Value::Object(entries)).map_err(malformed)?;
+        Self::of(ConfigFile::parse(text, path)?, Purpose::Text)
+    }
+
+    /// Checks what `file` says of a decoder that is to serve `purpose`.
+    pub(crate) fn of(file: ConfigFile, purpose: Purpose) -> Result<Self, ModelError> {
+        if purpose == Purpose::Rating {
+            check_one_label(&file)?;
+        }
+        let path = &file.path.clone();
+        let Described { architecture, multimodal, entries } = family::describe(file, purpose)?;
+        let raw: RawConfig = typed(entries, path)?;
         refuse_unsupported(&raw, path)?;
 
         let size = |field: &str, value: i64| size(field, value, path);
@@ -206,7 +217,11 @@ impl ModelConfig {
             local_rope,
             qkv_bias,
             output_bias,
-            tie_word_embeddings: raw.tie_word_embeddings.unwrap_or(false),
+            head: match (purpose, raw.tie_word_embeddings) {
+                (Purpose::Rating, _) => Head::Rating,
+                (Purpose::Text, Some(true)) => Head::Tied,
+                (Purpose::Text, _) => Head::Vocabulary,
+            },
             pad_token_id: pad_token(raw.pad_token_id, vocab_size, path)?,
         })
     }
@@ -217,7 +232,8 @@ impl ModelConfig {
     }
 }
 
-fn size(field: &str, value: i64, path: &Path) -> Result<i64, ModelError> {
+/// Checks a dimension.
+pub(crate) fn size(field: &str, value: i64, path: &Path) -> Result<i64, ModelError> {
     match value {
         1..=MAX_DIMENSION => Ok(value),
         _ => {
@@ -269,14 +285,21 @@ fn attention_scale(
     Ok(1.0 / squared.sqrt())
 }
 
+/// Refuses whatever `quantization_config` says.
+pub(crate) fn refuse_quantized(
+    quantization: Option<&Value>,
+    path: &Path,
+) -> Result<(), ModelError> {
+    let Some(quantization) = quantization else { return Ok(()) };
+    let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("present");
+    Err(ModelError::unsupported(path, "quantization_config", method, "unquantised weights only"))
+}
+
 fn refuse_unsupported(raw: &RawConfig, path: &Path) -> Result<(), ModelError> {
     let refuse = |field: &str, found: String, supported: &str| {
         Err(ModelError::unsupported(path, field, found, supported))
     };
-    if let Some(quantization) = &raw.quantization_config {
-        let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("present");
-        return refuse("quantization_config", method.to_owned(), "unquantised weights only");
-    }
+    refuse_quantized(raw.quantization_config.as_ref(), path)?;
     if let Some(dropout) = raw.attention_dropout
         && dropout != 0.0
     {

@@ -28,14 +28,7 @@ impl Parameter {
         kind: Kind,
         device: Device,
     ) -> Result<Self, ModelError> {
-        let tensor = Tensor::f_empty(slot.shape(slot.rows()), (kind, device))?;
-        let mut start = 0;
-        for part in &slot.parts {
-            let source = checkpoint.tensor(&part.name)?;
-            tensor.f_narrow(0, start, part.rows)?.f_copy_(&source)?;
-            start += part.rows;
-        }
-        Ok(Self { tensor, parts: slot.parts.clone() })
+        Ok(Self { tensor: checkpoint.read(slot, kind, device)?, parts: slot.parts.clone() })
     }
 
     pub(super) fn share(&self) -> Self {
@@ -43,7 +36,8 @@ impl Parameter {
     }
 }
 
-/// A causal language model of one of the supported families, by its configuration.
+/// A causal model of one of the supported families, by its configuration, which writes text
+/// or rates it.
 ///
 /// All tensors are packed over tokens (`[tokens, hidden]`), without a batch
 /// dimension and without padding; who attends to whom is the caller's to say.
@@ -73,15 +67,25 @@ struct Frequencies {
 }
 
 impl Decoder {
-    /// Loads `config.json` and the safetensors files in `dir`, as `kind` on `device`.
+    /// Loads a language model: `config.json` and the safetensors files in `dir`, as `kind` on
+    /// `device`.
     ///
     /// Every tensor is checked against the configuration before the first is
     /// read. Errors name the file and what is wrong in it.
     pub fn load(dir: &Path, kind: Kind, device: Device) -> Result<Self, ModelError> {
-        let config = ModelConfig::read(dir)?;
+        Self::load_as(ModelConfig::read(dir)?, dir, kind, device)
+    }
+
+    /// As [`Self::load`], for a `config` that was read.
+    pub(crate) fn load_as(
+        config: ModelConfig,
+        dir: &Path,
+        kind: Kind,
+        device: Device,
+    ) -> Result<Self, ModelError> {
         let checkpoint = Checkpoint::open(dir)?;
         let layout = Layout::new(&config, checkpoint.prefix(config.multimodal));
-        checkpoint.check(&layout)?;
+        checkpoint.check_decoder(&layout)?;
         let mut model = Self::build(config, &layout, kind, device, |slot| {
             Parameter::load(slot, &checkpoint, kind, device)
         })?;
@@ -132,7 +136,8 @@ impl Decoder {
     #[allow(clippy::unwrap_used)]
     pub(crate) fn random(config: ModelConfig, seed: i64) -> Self {
         tch::manual_seed(seed);
-        let layout = Layout::new(&config, super::layout::Prefix::PLAIN);
+        let [prefix, _] = super::layout::Prefix::PLAIN;
+        let layout = Layout::new(&config, prefix);
         let (kind, device) = (Kind::Float, Device::Cpu);
         Self::build(config, &layout, kind, device, |slot| {
             let shape = slot.shape(slot.rows());
@@ -232,7 +237,8 @@ impl Decoder {
         RmsNorm { weight: &self.outer.norm.tensor, scale, eps }
     }
 
-    /// The head's weight, `[vocab, hidden]`: the embedding's where they are tied.
+    /// The head's weight: `[vocab, hidden]`, the embedding's where they are tied, or
+    /// `[1, hidden]` of a model that rates.
     pub fn head_weight(&self) -> &Tensor {
         &self.outer.head.as_ref().unwrap_or(&self.outer.embedding).tensor
     }

@@ -26,8 +26,8 @@ pub enum ModelError {
         /// The place in it, what was found, and what was expected.
         problem: String,
     },
-    /// A sound description of a model that this decoder does not compute.
-    #[error("{}: {field} is {found}, but this decoder supports {supported}", path.display())]
+    /// A sound description of a model that the worker does not compute.
+    #[error("{}: {field} is {found}, but the worker supports {supported}", path.display())]
     Unsupported {
         /// The file, as a rule `config.json`.
         path: PathBuf,

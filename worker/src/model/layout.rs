@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 
 use super::ModelConfig;
+use super::config::Head;
 
 /// A named range of rows of a fused weight.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,29 +16,31 @@ pub struct Part {
 
 /// The shape of one parameter, before it has a tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Slot {
+pub(crate) struct Slot {
     /// Consecutive row ranges.
-    pub(super) parts: Vec<Part>,
+    pub(crate) parts: Vec<Part>,
     /// Second dimension; a vector has none.
-    pub(super) columns: Option<i64>,
+    pub(crate) columns: Option<i64>,
 }
 
 impl Slot {
-    fn matrix(parts: Vec<Part>, columns: i64) -> Self {
+    /// Of rows with `columns` each.
+    pub(crate) fn matrix(parts: Vec<Part>, columns: i64) -> Self {
         Self { parts, columns: Some(columns) }
     }
 
-    fn vector(parts: Vec<Part>) -> Self {
+    /// Of elements.
+    pub(crate) fn vector(parts: Vec<Part>) -> Self {
         Self { parts, columns: None }
     }
 
     /// Shape of `rows` rows of this parameter.
-    pub(super) fn shape(&self, rows: i64) -> Vec<i64> {
+    pub(crate) fn shape(&self, rows: i64) -> Vec<i64> {
         std::iter::once(rows).chain(self.columns).collect()
     }
 
     /// Rows of all parts together.
-    pub(super) fn rows(&self) -> i64 {
+    pub(crate) fn rows(&self) -> i64 {
         self.parts.iter().map(|part| part.rows).sum()
     }
 }
@@ -123,7 +126,7 @@ pub(super) struct Outer<T> {
     pub(super) embedding: T,
     /// `[hidden]`.
     pub(super) norm: T,
-    /// `[vocab, hidden]`; absent where the embedding serves.
+    /// `[vocab, hidden]`, or `[1, hidden]` of one that rates; absent where the embedding serves.
     pub(super) head: Option<T>,
 }
 
@@ -144,8 +147,10 @@ pub(super) struct Prefix {
 }
 
 impl Prefix {
-    /// Of a model that is a decoder and nothing else.
-    pub(super) const PLAIN: Self = Self { body: "model.", head: "" };
+    /// Of a model that is a decoder and nothing else: with its head, and as it was saved
+    /// without, which transformers calls the base model. Embedders come so.
+    pub(super) const PLAIN: [Self; 2] =
+        [Self { body: "model.", head: "" }, Self { body: "", head: "" }];
 
     /// Of the decoder in a multimodal model: as files on the hub have it, and as
     /// transformers 5 names its modules.
@@ -158,7 +163,7 @@ impl Prefix {
     pub(super) fn is_beside(self, name: &str) -> bool {
         const TOWERS: [&str; 2] = ["vision_tower.", "multi_modal_projector."];
         let name = name.strip_prefix("model.").unwrap_or(name);
-        self != Self::PLAIN && TOWERS.iter().any(|tower| name.starts_with(tower))
+        Self::MULTIMODAL.contains(&self) && TOWERS.iter().any(|tower| name.starts_with(tower))
     }
 
     /// The name of the embedding.
@@ -166,9 +171,14 @@ impl Prefix {
         format!("{}embed_tokens.weight", self.body)
     }
 
-    /// The name of the head.
-    pub(super) fn head(self) -> String {
+    /// The name of the vocabulary's head.
+    pub(super) fn vocabulary(self) -> String {
         format!("{}lm_head.weight", self.head)
+    }
+
+    /// The name of the head that rates.
+    fn rating(self) -> String {
+        format!("{}score.weight", self.head)
     }
 }
 
@@ -179,8 +189,11 @@ impl Layout {
         let outer = Outer {
             embedding: Slot::matrix(part(prefix.embedding(), vocab), hidden),
             norm: Slot::vector(part(format!("{}norm.weight", prefix.body), hidden)),
-            head: (!config.tie_word_embeddings)
-                .then(|| Slot::matrix(part(prefix.head(), vocab), hidden)),
+            head: match config.head {
+                Head::Tied => None,
+                Head::Vocabulary => Some(Slot::matrix(part(prefix.vocabulary(), vocab), hidden)),
+                Head::Rating => Some(Slot::matrix(part(prefix.rating(), 1), hidden)),
+            },
         };
         let blocks = (0..config.num_hidden_layers)
             .map(|layer| block(config, &format!("{}layers.{layer}.", prefix.body)))

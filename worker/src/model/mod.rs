@@ -16,15 +16,21 @@ mod layout;
 pub(crate) mod ops;
 mod rope;
 mod save;
+mod tokens;
 
 pub use block::Block;
 pub(crate) use block::Heads;
-pub use config::{Architecture, ModelConfig, RopeConfig, RopeScaling};
+pub(crate) use checkpoint::Checkpoint;
+pub use config::{Architecture, Head, ModelConfig, RopeConfig, RopeScaling};
+pub(crate) use config::{
+    ConfigFile, Purpose, check_one_label, classes, refuse_quantized, size, typed,
+};
 pub use decoder::{Decoder, Parameter};
 pub use error::ModelError;
 pub use layout::Part;
-pub(crate) use layout::PerBlock;
+pub(crate) use layout::{PerBlock, Slot};
 pub use ops::{Activation, NormScale, product_kind};
 pub use rope::{Rotary, Rotations};
 pub use save::SavedFile;
 pub(crate) use save::{write_file, write_tensor};
+pub(crate) use tokens::check_tokens;

@@ -2,14 +2,12 @@
 
 use std::ops::{ControlFlow, Range};
 
-use tch::{Kind, TchError, Tensor};
+use tch::{TchError, Tensor};
 
-use super::attend::causal;
-use super::sampler::check_tokens;
+use super::states::last_states;
 use super::{SampleError, Sampler};
 use crate::host;
-use crate::model::Decoder;
-use crate::model::ops::causal_mask;
+use crate::model::{Decoder, check_tokens};
 
 /// Tokens of one pass at most; a longer sequence has a pass of its own.
 const PASS_TOKENS: usize = 2048;
@@ -35,7 +33,8 @@ impl Sampler {
         observe: &mut dyn FnMut(usize) -> ControlFlow<()>,
     ) -> Result<Vec<Vec<f32>>, SampleError> {
         for (at, tokens) in sequences.iter().enumerate() {
-            check_tokens(&self.model, &format_args!("sequence {at}"), tokens)?;
+            check_tokens(self.model.config.vocab_size, &format_args!("sequence {at}"), tokens)
+                .map_err(SampleError::Invalid)?;
         }
         let mut embedded = Vec::with_capacity(sequences.len());
         for pass in passes(sequences) {
@@ -74,43 +73,8 @@ fn passes(sequences: &[Vec<u32>]) -> Vec<Range<usize>> {
 
 /// One pass: `[sequences, hidden]`, fp32.
 fn embed(model: &Decoder, sequences: &[Vec<u32>]) -> Result<Tensor, TchError> {
-    let upload = |values: &[i64]| host::upload(values, model.device());
-    let lengths: Vec<i64> = sequences.iter().map(|tokens| tokens.len() as i64).collect();
-    let ids: Vec<i64> = sequences.iter().flatten().copied().map(i64::from).collect();
-    let positions: Vec<i64> = lengths.iter().flat_map(|&length| 0..length).collect();
-    let end = |end: &mut i64, length: &i64| {
-        *end += length;
-        Some(*end - 1)
-    };
-    let last: Vec<i64> = lengths.iter().scan(0, end).collect();
-
-    // Sequences that are longer than the window of blocks that have one.
-    let masks: Vec<Option<Tensor>> = lengths
-        .iter()
-        .map(|&length| match model.window() {
-            Some(window) if window < length => {
-                let options = (model.kind(), model.device());
-                causal_mask(0, [length, length], Some(window), options).map(Some)
-            }
-            _ => Ok(None),
-        })
-        .collect::<Result<_, TchError>>()?;
-
-    let rotations = model.rotations(&upload(&positions)?)?;
-    let mut h = model.embed(&upload(&ids)?)?;
-    for block in &model.blocks {
-        let scale = block.attention_scale();
-        h = block.forward(&h, &rotations, &mut |q, k, v| {
-            let apart = |x: &Tensor| x.f_split_with_sizes(&lengths, 0);
-            let (q, k, v) = (apart(q)?, apart(k)?, apart(v)?);
-            let sequences = q.iter().zip(&k).zip(&v).zip(&masks);
-            let attended = sequences.map(|(((q, k), v), mask)| {
-                causal([q, k, v], mask.as_ref().filter(|_| block.window().is_some()), scale)
-            });
-            Tensor::f_cat(&attended.collect::<Result<Vec<_>, TchError>>()?, 0)
-        })?;
-    }
-    let h = model.final_norm(&h.f_index_select(0, &upload(&last)?)?)?.f_to_kind(Kind::Float)?;
+    let all: Vec<&[u32]> = sequences.iter().map(Vec::as_slice).collect();
+    let h = last_states(model, &all)?;
     let lengths = h.f_norm_scalaropt_dim(2, [-1], true)?.f_clamp_min(LEAST_LENGTH)?;
     h.f_div(&lengths)
 }

@@ -28,6 +28,7 @@ mod pick;
 mod prefix;
 mod rows;
 mod sampler;
+mod states;
 mod step;
 mod uniforms;
 
@@ -35,6 +36,7 @@ use tch::TchError;
 
 pub use pick::{Context, Survivor, survivors};
 pub use sampler::{Sampled, Sampler, sample_shard};
+pub(crate) use states::last_states;
 pub use uniforms::Uniforms;
 
 /// Prompts that one worker samples together.

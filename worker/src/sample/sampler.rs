@@ -1,6 +1,5 @@
 //! The sampling loop: admit, compute, draw, until every prompt has its reply.
 
-use std::fmt::Display;
 use std::ops::ControlFlow;
 
 use tch::{Device, TchError, Tensor};
@@ -10,8 +9,8 @@ use super::pick::choose;
 use super::prefix::Prefixes;
 use super::rows::{Move, Rows};
 use super::{Progress, Prompt, Sample, SampleError, SamplingParams, Shard, Work};
-use crate::model::Decoder;
 use crate::model::ops::multiply;
+use crate::model::{Decoder, check_tokens};
 
 /// Samples shards with the weights of one model; its cache lasts from shard to shard.
 #[derive(Debug)]
@@ -150,28 +149,10 @@ fn check(model: &Decoder, shard: &Shard) -> Result<(), SampleError> {
         return invalid("max_new_tokens is 0, expected at least 1".to_owned());
     }
     for Prompt { prompt, tokens, .. } in &shard.prompts {
-        check_tokens(model, &format_args!("prompt {prompt}"), tokens)?;
+        check_tokens(model.config.vocab_size, &format_args!("prompt {prompt}"), tokens)
+            .map_err(SampleError::Invalid)?;
     }
     Ok(())
-}
-
-/// Checks that `tokens`, which are of `what`, can be computed.
-pub(super) fn check_tokens(
-    model: &Decoder,
-    what: &dyn Display,
-    tokens: &[u32],
-) -> Result<(), SampleError> {
-    let vocab = model.config.vocab_size;
-    if tokens.is_empty() {
-        return Err(SampleError::Invalid(format!("{what} has no tokens")));
-    }
-    match tokens.iter().find(|id| i64::from(**id) >= vocab) {
-        None => Ok(()),
-        Some(id) => Err(SampleError::Invalid(format!(
-            "{what} holds token {id}, but the model's vocabulary has {vocab}: tokenizer and model \
-             do not belong together"
-        ))),
-    }
 }
 
 /// Samples one shard with a sampler of its own.

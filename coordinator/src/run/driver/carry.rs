@@ -7,8 +7,8 @@ use serde_json::json;
 use tracing::{info, warn};
 
 use super::{
-    Command, Driver, Effect, Event, Finished, Iteration, ModelSource, PairRef, Rank, SnapshotId,
-    fault, publish, unix_seconds,
+    Command, Driver, Effect, Event, Finished, Iteration, ModelSource, PairRef, Rank, Ratable,
+    SnapshotId, fault, publish, unix_seconds,
 };
 use crate::domain::{Epoch, ShardId, Step};
 use crate::run::machine::{ReductionSeconds, SnapshotKind};
@@ -47,6 +47,11 @@ impl Driver {
             Effect::RecordShard(k, shard, samples) => {
                 let entry = Entry::Shard(k, shard, samples);
                 self.session.journal.record(entry).context("record a shard")
+            }
+            Effect::RecordRatings(k, batch, ratings) => {
+                let rated = self.batch(batch)?.iter().zip(ratings);
+                let rated = rated.map(|(one, rating)| ((one.prompt, one.index), rating)).collect();
+                Ok(self.session.journal.record(Entry::Ratings(k, rated))?)
             }
             Effect::RecordReferences(k, logps) => {
                 Ok(self.session.journal.record(Entry::References(k, logps))?)
@@ -90,6 +95,7 @@ impl Driver {
                 warn!(?id, why, "a snapshot inside an epoch could not be saved; training goes on");
                 Ok(())
             }
+            Effect::PlanRating(k) => self.plan_rating(k),
             Effect::BuildPairs(k) => self.build_pairs(k),
             Effect::Publish(k, epoch) => {
                 let (from, to) =
@@ -141,6 +147,16 @@ impl Driver {
             Command::Score { batch, micro_batches } => {
                 Outgoing::Score { batch, micro_batches: self.with_tokens(micro_batches)? }
             }
+            Command::Rate { batch } => {
+                let reward = self.session.prepared.reward.as_ref();
+                let directory = reward.context("no reward model is loaded")?.directory();
+                Outgoing::Rate {
+                    batch,
+                    directory: utf8(directory)?,
+                    dtype: settings.reward.dtype,
+                    sequences: self.batch(batch)?.iter().map(|one| one.tokens.clone()).collect(),
+                }
+            }
             Command::BeginTraining => Outgoing::BeginTraining(Box::new(settings.training.clone())),
             Command::TrainStep { step, learning_rate, global_pairs, micro_batches } => {
                 let micro_batches = self.with_tokens(micro_batches)?;
@@ -167,6 +183,12 @@ impl Driver {
             SnapshotId::EndOf(k, epoch) => self.session.run.snapshot(k, epoch),
             SnapshotId::After(k, step) => self.session.run.step_snapshot(k, step),
         }
+    }
+
+    /// What the reward model reads in one batch.
+    fn batch(&self, batch: u64) -> Result<&[Ratable]> {
+        let batches = usize::try_from(batch).ok().and_then(|at| self.rating.get(at));
+        Ok(batches.with_context(|| format!("rating batch {batch} was never planned"))?)
     }
 
     /// Keeps a shard without samples, so that nobody takes it again.
@@ -218,6 +240,7 @@ impl Driver {
         self.view.ended();
         commit_to(self.session.journal.journal()?, &commit)?;
         match phase {
+            CommittedPhase::Rated => self.rating = Vec::new(),
             CommittedPhase::Trained => {
                 self.metrics = None;
                 self.session.run.prune_step_snapshots(iteration, None)?;
@@ -263,6 +286,16 @@ impl Driver {
         if let Some(log) = &mut self.metrics {
             log.append(&MetricsRow::step(k, &StepRecord { step, epoch, metrics: record }))?;
         }
+        Ok(())
+    }
+
+    fn plan_rating(&mut self, k: Iteration) -> Result<()> {
+        let samples = self.session.journal.journal()?.samples(k)?;
+        let prepared = std::sync::Arc::clone(&self.session.prepared);
+        let (size, finished) = (self.session.settings.reward.batch, self.finished.clone());
+        tokio::task::spawn_blocking(move || {
+            let _ = finished.send(Finished::Rating(prepared.rating_batches(samples, size)));
+        });
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
-use crate::config::{DEMO_CORPUS, HeldOutSetting, Settings};
+use crate::config::{DEMO_CORPUS, Guidance, HeldOutSetting, Settings};
 use crate::corpus::{self, Counts, Format, ReadOptions, Record};
 use crate::domain::SeedPair;
 use crate::hub;
@@ -19,6 +19,8 @@ pub struct Corpora {
     pub cases: Vec<Case>,
     /// Pairs of the warm start.
     pub seeds: Vec<SeedPair>,
+    /// Whether a complaint guides sampling: as the settings say, where there are any.
+    pub guidance: Guidance,
     /// Prompts that never train.
     pub held_out: HeldOutSet,
     /// What became of each file's records.
@@ -46,9 +48,9 @@ impl Corpora {
         let is_pairs =
             !counts.is_empty() && counts.iter().all(|counts| counts.format == Format::Pairs);
         if is_pairs {
-            cases = seeds.iter().filter_map(|pair| rules.of_pair(pair)).collect();
+            cases = seeds.iter().map(|pair| rules.of_pair(pair)).collect();
         }
-        let holds_something = !seeds.is_empty();
+        let guidance = if is_pairs { Guidance::Off } else { settings.sampling.guidance };
         if !settings.seeds.0.is_empty() {
             seeds.clear();
             for name in &settings.seeds.0 {
@@ -59,15 +61,12 @@ impl Corpora {
         let training = &settings.training;
         if training.iterations > 0 && cases.is_empty() {
             let (files, (turn, why)) = (settings.corpus.0.join(", "), rules.needs());
-            match is_pairs && holds_something {
-                true => bail!(
-                    "method {} on pairs ({files}): of two replies to a bare prompt only a reward model can tell the better one, and there is none yet; take method = \"drift\" or \"spin\", or a corpus of conversations with complaints",
-                    settings.method
-                ),
-                false => bail!(
-                    "no {turn} in {files}: {why}; `coordinator data FILE` shows what each file holds"
-                ),
-            }
+            bail!(
+                "no {turn} in {files}: {why}; `coordinator data FILE` shows what each file holds"
+            );
+        }
+        if training.iterations > 0 {
+            agree_on_rating(settings, rules.is_rated(guidance))?;
         }
         if training.warm_start_epochs > 0 && seeds.is_empty() {
             bail!(
@@ -93,7 +92,21 @@ impl Corpora {
             },
             settings.seed,
         );
-        Ok(Self { cases, seeds, held_out, counts })
+        Ok(Self { cases, seeds, guidance, held_out, counts })
+    }
+}
+
+/// A reward model is named where samples are rated, and nowhere else.
+fn agree_on_rating(settings: &Settings, is_rated: bool) -> Result<()> {
+    let (method, files) = (settings.method, settings.corpus.0.join(", "));
+    match (is_rated, settings.reward.model.is_empty()) {
+        (true, true) => bail!(
+            "method {method} on pairs ({files}): of two replies to a bare prompt only a reward model tells the better one; name one with --set reward.model=OpenAssistant/reward-model-deberta-v3-large-v2, take method = \"drift\" or \"spin\", or a corpus of conversations with complaints"
+        ),
+        (false, false) => bail!(
+            "reward.model is set, and nothing would be rated: {method} prefers the reply that the complaints in {files} guided; leave it out, or set sampling.guidance = \"off\""
+        ),
+        _ => Ok(()),
     }
 }
 

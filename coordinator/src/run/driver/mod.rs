@@ -12,6 +12,7 @@ mod pairs;
 mod prepare;
 mod prompts;
 mod publish;
+mod rating;
 mod resume;
 mod salvage;
 mod summary;
@@ -33,8 +34,9 @@ pub(crate) use self::corpora::named_format;
 pub use self::corpora::{Corpora, Reading};
 use self::members::Peer;
 pub use self::prepare::{Prepared, prepare};
-pub(crate) use self::prepare::{text_model, tokenise};
+pub(crate) use self::prepare::{reward_text, text_model, tokenise};
 pub use self::prompts::Prompts;
+use self::rating::Ratable;
 pub use self::salvage::salvage;
 pub use self::summary::summarise;
 use self::view::View;
@@ -93,6 +95,7 @@ const LEAVE_GRACE: Duration = Duration::from_secs(4);
 
 /// Results of work on blocking threads.
 enum Finished {
+    Rating(Result<Vec<Vec<Ratable>>>),
     Pairs(Iteration, Result<(Vec<PairRow>, PairCounts, FileEntry)>),
     Checkpoint(Result<()>),
 }
@@ -113,6 +116,8 @@ struct Driver {
     generations: Range<u64>,
     losses: u64,
     shards: BTreeMap<ShardId, Shard>,
+    /// What the reward model reads of the iteration in hand, while it is rated.
+    rating: Vec<Vec<Ratable>>,
     /// Token ids of the iteration in hand.
     pairs: BTreeMap<PairId, TokenPair>,
     metrics: Option<MetricsLog>,
@@ -131,7 +136,8 @@ pub async fn drive(session: Session, mut stop: mpsc::Receiver<Stop>) -> Result<(
     let settings = session.settings.clone();
     let cost = cost_model(&session.model_dir)?;
     let prompts = session.prepared.prompt_lengths();
-    let shape = RunShape::new(&settings, session.workers, cost, prompts);
+    let shape =
+        RunShape::new(&settings, session.workers, cost, prompts, session.prepared.is_rated());
     let (worker_events, mut from_workers) = mpsc::unbounded_channel();
     let (exits, mut exited) = mpsc::unbounded_channel();
     let (finished, mut from_threads) = mpsc::unbounded_channel();
@@ -271,6 +277,7 @@ impl Driver {
             peers: BTreeMap::new(),
             losses: 0,
             shards,
+            rating: Vec::new(),
             pairs,
             metrics: None,
             last_step: Instant::now(),
@@ -330,6 +337,10 @@ impl Driver {
 
     fn thread_done(&mut self, done: Finished) {
         let event = match done {
+            Finished::Rating(Ok(batches)) => {
+                self.rating = batches;
+                Event::RatingPlanned(self.rating.iter().map(Vec::len).collect())
+            }
             Finished::Pairs(k, Ok((rows, counts, file))) => {
                 let sets: PairSets = resume::sizes(&rows);
                 self.pairs = by_id(rows);
@@ -344,9 +355,9 @@ impl Driver {
                 }
             }
             Finished::Checkpoint(Ok(())) => Event::CheckpointPublished,
-            Finished::Pairs(_, Err(error)) | Finished::Checkpoint(Err(error)) => {
-                Event::EffectFailed(format!("{error:#}"))
-            }
+            Finished::Rating(Err(error))
+            | Finished::Pairs(_, Err(error))
+            | Finished::Checkpoint(Err(error)) => Event::EffectFailed(format!("{error:#}")),
         };
         self.feed(event);
     }

@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 
 use super::Prepared;
 use crate::domain::{Iteration, PairRow};
-use crate::method::{self, Drawn};
+use crate::method::{Drawn, candidates};
 use crate::store::Journal;
 use crate::text::{self, PairCounts};
 
@@ -18,7 +18,12 @@ impl Prepared {
         let first = (k.0 + 1).saturating_sub(self.pair_iterations).max(1);
         (first..=k.0)
             .map(Iteration)
-            .map(|k| Ok((k, journal.samples(k).with_context(|| format!("samples of {k}"))?)))
+            .map(|iteration| {
+                let of = |what| format!("{what} of iteration {iteration}");
+                let samples = journal.samples(iteration).with_context(|| of("samples"))?;
+                let ratings = journal.ratings(iteration).with_context(|| of("ratings"))?;
+                Ok(Drawn { iteration, samples, ratings })
+            })
             .collect()
     }
 
@@ -31,12 +36,13 @@ impl Prepared {
         if k.0 == 0 {
             return Ok(text::seed_pairs(&self.text, &self.seeds, self.lengths, &self.held_out)?);
         }
-        let cut = |(k, samples): Drawn| -> Result<Drawn> {
-            Ok((k, text::cut_at_stops(&self.text, samples, &self.stop_strings)?))
+        let cut = |drawn: Drawn| -> Result<Drawn> {
+            let samples = text::cut_at_stops(&self.text, drawn.samples, &self.stop_strings)?;
+            Ok(Drawn { samples, ..drawn })
         };
         let drawn: Vec<Drawn> = drawn.into_iter().map(cut).collect::<Result<_>>()?;
-        let method = method::of(self.method);
-        let candidates = method::candidates(method, &self.cases, &drawn, &self.held_out)?;
+        let (rules, guidance) = (self.rules(), self.guidance);
+        let candidates = candidates(rules, guidance, &self.cases, &drawn, &self.held_out)?;
         Ok(text::build_pairs(&self.text, &candidates, self.lengths, &self.held_out)?)
     }
 }

@@ -9,11 +9,11 @@ use sha2::{Digest, Sha256};
 
 use super::corpora::{Corpora, Reading};
 use super::prompts::Prompts;
-use crate::config::{Method, Settings};
+use crate::config::{Guidance, Method, Settings};
 use crate::corpus::Counts;
 use crate::domain::{PromptId, SeedPair};
-use crate::method::{self, Case};
-use crate::text::{HeldOutSet, Lengths, TextModel, TextOptions};
+use crate::method::{self, Case, PreferenceMethod};
+use crate::text::{HeldOutSet, Lengths, RewardText, TextModel, TextOptions};
 
 /// What the corpora and the model's text side amount to.
 #[derive(Debug)]
@@ -22,6 +22,10 @@ pub struct Prepared {
     pub text: TextModel,
     /// Which replies are preferred.
     pub method: Method,
+    /// Whether a complaint guides sampling.
+    pub guidance: Guidance,
+    /// Text side of the reward model, where samples are rated.
+    pub reward: Option<RewardText>,
     /// What replies are drawn for; a [`PromptId`] is an index into them.
     pub cases: Vec<Case>,
     /// Seed pairs of the warm start.
@@ -41,6 +45,16 @@ pub struct Prepared {
 }
 
 impl Prepared {
+    /// The method's rules.
+    pub fn rules(&self) -> &'static dyn PreferenceMethod {
+        method::of(self.method)
+    }
+
+    /// Whether samples are rated before they make pairs.
+    pub fn is_rated(&self) -> bool {
+        self.rules().is_rated(self.guidance)
+    }
+
     /// Prompts with their lengths, for planning: the mean where several samples are drawn
     /// for one, each from a prompt of its own.
     pub fn prompt_lengths(&self) -> Vec<(PromptId, usize)> {
@@ -78,22 +92,36 @@ impl Prepared {
         for pair in &self.seeds {
             add(json!(pair).to_string().as_bytes());
         }
+        if let Some(reward) = &self.reward {
+            add(&reward.fingerprint());
+        }
         crate::store::manifest::hex(&hash.finalize())
     }
 }
 
-/// Reads and tokenises what `settings` name.
+/// Reads and tokenises what `settings` name; `reward_dir` is where their reward model lies.
 ///
 /// # Errors
 /// A file that cannot be used, or corpora that hold nothing to train on.
 pub fn prepare(
     settings: &Settings,
     model_dir: &Path,
+    reward_dir: Option<&Path>,
     progress: &mut Reading<'_>,
 ) -> Result<Prepared> {
     let text = text_model(settings, model_dir)?;
     let corpora = Corpora::read(settings, progress)?;
-    tokenise(settings, text, corpora)
+    let reward = reward_dir.map(|folder| reward_text(settings, folder)).transpose()?;
+    Ok(Prepared { reward, ..tokenise(settings, text, corpora)? })
+}
+
+/// The text side of the reward model in `directory`.
+///
+/// # Errors
+/// A model that does not rate, or a tokenizer that is missing or cannot be used.
+pub(crate) fn reward_text(settings: &Settings, directory: &Path) -> Result<RewardText> {
+    let today = settings.text.today.parse().context("parse text.today")?;
+    Ok(RewardText::load(directory, settings.reward.max_length, today)?)
 }
 
 /// The text side of the model in `model_dir`.
@@ -111,7 +139,7 @@ pub(crate) fn text_model(settings: &Settings, model_dir: &Path) -> Result<TextMo
 
 /// Makes the sampling prompts of all cases.
 pub(crate) fn tokenise(settings: &Settings, text: TextModel, corpora: Corpora) -> Result<Prepared> {
-    let kinds = method::of(settings.method).prompts(settings.sampling.guidance);
+    let kinds = method::of(settings.method).prompts(corpora.guidance);
     let prompt = |case: &Case, sample: usize| -> Result<Vec<u32>> {
         let messages = case.messages(kinds[sample], &settings.text.instruction);
         Ok(text.prompt(&messages, settings.sampling.max_prompt_tokens)?)
@@ -120,6 +148,8 @@ pub(crate) fn tokenise(settings: &Settings, text: TextModel, corpora: Corpora) -
     Ok(Prepared {
         text,
         method: settings.method,
+        guidance: corpora.guidance,
+        reward: None,
         cases: corpora.cases,
         seeds: corpora.seeds,
         prompts,

@@ -33,7 +33,10 @@ pub(super) fn resume(
         if let Some(epoch) = training {
             after = whole_snapshot(run, journal, k, epoch)?;
             position = after.map_or(position, |_| Position::Training(k, epoch));
-        } else if let Position::Sampling(k) | Position::Pairing(k) | Position::Scoring(k) = position
+        } else if let Position::Sampling(k)
+        | Position::Rating(k)
+        | Position::Pairing(k)
+        | Position::Scoring(k) = position
         {
             run.prune_step_snapshots(k, None)?;
         }
@@ -43,6 +46,11 @@ pub(super) fn resume(
     let with_pairs = match position {
         Position::Sampling(k) => {
             resume.shards_done = journal.shards_done(k)?;
+            None
+        }
+        // Rated anew as a whole.
+        Position::Rating(k) => {
+            journal.discard_ratings(k)?;
             None
         }
         // Scored anew as a whole, in the passes that training will use.
@@ -167,9 +175,7 @@ mod tests {
         }
     }
 
-    #[test]
-    fn scores_stay_for_as_many_workers_as_computed_them_and_go_for_others() {
-        let dir = tempfile::tempdir().unwrap();
+    fn begun(dir: &tempfile::TempDir) -> (RunDir, Journal) {
         let run = RunDir::create(&dir.path().join("run")).unwrap();
         let meta = RunMeta {
             run_id: "r".into(),
@@ -177,7 +183,36 @@ mod tests {
             created_at: 0.0,
             drift_version: "0".into(),
         };
-        let mut journal = Journal::create(&run.journal_path(), &meta).unwrap();
+        let journal = Journal::create(&run.journal_path(), &meta).unwrap();
+        (run, journal)
+    }
+
+    #[test]
+    fn ratings_that_are_not_all_there_go_and_those_that_are_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let (run, mut journal) = begun(&dir);
+        let ratings = [((PromptId(0), 0), 0.5)].into();
+        let commit = |journal: &mut Journal, phase| {
+            let detail = json!({ "to_be_rated": true });
+            journal.commit(&Commit { iteration: K, phase, epoch: None, at: 0.0, detail }).unwrap();
+        };
+        commit(&mut journal, CommittedPhase::Sampled);
+        journal.record_ratings(K, &ratings).unwrap();
+        let (again, _) = resume(&run, &mut journal, EXTENT, 2).unwrap();
+        assert_eq!(again.position, Position::Rating(K));
+        assert!(journal.ratings(K).unwrap().is_empty());
+
+        journal.record_ratings(K, &ratings).unwrap();
+        commit(&mut journal, CommittedPhase::Rated);
+        let (again, _) = resume(&run, &mut journal, EXTENT, 2).unwrap();
+        assert_eq!(again.position, Position::Pairing(K));
+        assert_eq!(journal.ratings(K).unwrap(), ratings);
+    }
+
+    #[test]
+    fn scores_stay_for_as_many_workers_as_computed_them_and_go_for_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let (run, mut journal) = begun(&dir);
         run.make_iteration(K).unwrap();
         write_pairs(&run.pairs(K), &[row(0, false), row(1, true)]).unwrap();
         let logps = ReferenceLogps { chosen: -1.0, rejected: -2.0 };

@@ -49,6 +49,7 @@ impl View {
         let activity = match phase {
             PhaseName::Preparing | PhaseName::Pairing | PhaseName::Publishing => None,
             PhaseName::Sampling => Some(Activity::Sampling { iteration, replies: total }),
+            PhaseName::Rating => Some(Activity::Rating { iteration, replies: total }),
             PhaseName::Scoring => Some(Activity::Scoring { iteration, pairs: total }),
             PhaseName::Training => {
                 self.steps = total;
@@ -88,6 +89,7 @@ impl View {
                 bar.work(tokens.saturating_sub(told.0));
                 bar.advance((samples.len() as u64).saturating_sub(u64::from(told.1)));
             }
+            Report::Rated { ratings, .. } => bar.advance(ratings.len() as u64),
             Report::Scored { logps, .. } => bar.advance(logps.len() as u64),
             Report::Stepped(outcomes) => bar.work(outcomes.pairs.len() as u64),
             _ => {}

@@ -29,9 +29,10 @@ const STALLED: Duration = Duration::from_secs(60);
 const MISSED: f64 = 2.5;
 
 /// As `drift_phase` names them.
-const PHASES: [(PhaseName, &str); 7] = [
+const PHASES: [(PhaseName, &str); 8] = [
     (PhaseName::Preparing, "preparing"),
     (PhaseName::Sampling, "sampling"),
+    (PhaseName::Rating, "rating"),
     (PhaseName::Pairing, "pairing"),
     (PhaseName::Scoring, "scoring"),
     (PhaseName::Training, "training"),
@@ -59,6 +60,7 @@ pub struct Watch {
     evaluation_accuracy: Gauge,
     tokens_sampled: IntCounter,
     replies_sampled: IntCounter,
+    replies_rated: IntCounter,
     pairs_scored: IntCounter,
     steps_trained: IntCounter,
     pairs_trained: IntCounter,
@@ -138,6 +140,7 @@ impl Watch {
             )?,
             tokens_sampled: counter("drift_sampled_tokens_total", "Tokens of recorded replies.")?,
             replies_sampled: counter("drift_sampled_replies_total", "Replies recorded.")?,
+            replies_rated: counter("drift_rated_replies_total", "Replies rated.")?,
             pairs_scored: counter("drift_scored_pairs_total", "Pairs scored, and evaluated.")?,
             steps_trained: counter("drift_training_steps_total", "Steps, repeated ones too.")?,
             pairs_trained: counter("drift_trained_pairs_total", "Pairs of these steps.")?,
@@ -206,9 +209,16 @@ impl Watch {
 
     /// A worker that is listened to tells something.
     pub(super) fn report(&self, report: &Report) {
-        if let Report::Scored { logps, .. } = report {
-            self.pairs_scored.inc_by(logps.len() as u64);
-            self.done.add(logps.len() as i64);
+        match report {
+            Report::Scored { logps, .. } => {
+                self.pairs_scored.inc_by(logps.len() as u64);
+                self.done.add(logps.len() as i64);
+            }
+            Report::Rated { ratings, .. } => {
+                self.replies_rated.inc_by(ratings.len() as u64);
+                self.done.add(ratings.len() as i64);
+            }
+            _ => {}
         }
     }
 

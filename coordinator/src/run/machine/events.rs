@@ -36,6 +36,8 @@ pub struct RunShape {
     pub prompts: Vec<(PromptId, usize)>,
     /// Replies that are drawn for each of them.
     pub replies: usize,
+    /// Whether a reward model rates them before they make pairs.
+    pub is_rated: bool,
     /// How prompts are divided into shards.
     pub sharding: ShardRule,
     /// Time that workers have to attach.
@@ -60,6 +62,7 @@ impl RunShape {
         workers: u32,
         cost: CostModel,
         prompts: Vec<(PromptId, usize)>,
+        is_rated: bool,
     ) -> Self {
         Self {
             world_size: workers as usize,
@@ -74,6 +77,7 @@ impl RunShape {
             training: settings.training.clone(),
             prompts,
             replies: method::of(settings.method).prompts(settings.sampling.guidance).len(),
+            is_rated,
             sharding: ShardRule {
                 prompts: settings.sampling.shard_prompts,
                 workers: settings.workers as usize,
@@ -138,6 +142,8 @@ pub enum Event {
     Told(Rank, Report),
     /// What [`Effect::Rewind`] found.
     Rewound(Box<Resume>),
+    /// What is to be rated is batched: of so many samples each.
+    RatingPlanned(Vec<usize>),
     /// The iteration's pairs are built and in `pairs.parquet`.
     PairsBuilt(PairSets),
     /// The iteration's checkpoint is in its place.
@@ -171,6 +177,8 @@ pub enum Effect {
     },
     /// Keep a shard's samples.
     RecordShard(Iteration, ShardId, Vec<Sample>),
+    /// Keep what the reward model says of a batch's samples, in its order.
+    RecordRatings(Iteration, u64, Vec<f64>),
     /// Keep reference log-probabilities.
     RecordReferences(Iteration, Vec<(PairId, ReferenceLogps)>),
     /// Keep a step's metrics.
@@ -213,6 +221,9 @@ pub enum Effect {
     Rewind,
     /// Keep that a shard is left out, and tell people why.
     SetAside(Iteration, ShardId, String),
+    /// Batch what the reward model is to read of the iteration's samples;
+    /// `RatingPlanned` follows.
+    PlanRating(Iteration),
     /// Build the iteration's pairs; `PairsBuilt` follows.
     BuildPairs(Iteration),
     /// Complete and publish the checkpoint; `CheckpointPublished` follows.
@@ -241,6 +252,8 @@ pub enum PhaseName {
     Preparing,
     /// Counts prompts.
     Sampling,
+    /// Counts replies.
+    Rating,
     /// Counts nothing.
     Pairing,
     /// Counts pairs.

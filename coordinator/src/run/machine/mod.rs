@@ -41,9 +41,9 @@ use crate::store::CommittedPhase;
 /// Attaching ─▶ Grouping ─▶ Loading ─▶ Working ─▶ Over
 ///
 /// Working, iteration 0 (warm start) to K:
-///   Sampling ─▶ Pairing ─▶ Scoring ─▶ Training ─▶ Saving ─▶ Evaluating ─▶ Publishing
-///   (not in 0)                           ▲                       │
-///                                        └──── next epoch ───────┘
+///   Sampling ─▶ Rating ─▶ Pairing ─▶ Scoring ─▶ Training ─▶ Saving ─▶ Evaluating ─▶ Publishing
+///   (not in 0)  (where a                           ▲                       │
+///               method asks)                       └──── next epoch ───────┘
 /// ```
 ///
 /// Every arrow within `Working` is a commit. Any state goes to `Over` by a stop or a
@@ -67,6 +67,8 @@ enum State {
 #[derive(Debug)]
 enum Phase {
     Sampling(Stage),
+    /// Without a plan at first: a thread makes it of what was sampled.
+    Rating(Option<RatingPlan>),
     Pairing,
     Scoring(Stage),
     Training {
@@ -87,6 +89,13 @@ enum Phase {
         policy: BTreeMap<PairId, ReferenceLogps>,
     },
     Publishing,
+}
+
+#[derive(Debug)]
+struct RatingPlan {
+    stage: Stage,
+    /// How many samples each batch has.
+    batches: Vec<usize>,
 }
 
 /// Ranks' parts of the steps under way.
@@ -182,6 +191,7 @@ impl Machine {
                 self.told(now, rank, report, &mut effects);
             }
             Event::Rewound(resume) => self.rewound(*resume, &mut effects),
+            Event::RatingPlanned(batches) => self.rating_planned(batches, &mut effects),
             Event::PairsBuilt(pairs) => self.pairs_built(pairs, &mut effects),
             Event::CheckpointPublished => self.published(&mut effects),
             Event::EffectFailed(why) => self.end(Outcome::Failed(why), &mut effects),
@@ -262,6 +272,10 @@ impl Machine {
                 self.go_on(self.shape.extent.first(), effects);
             }
             Position::Sampling(k) => self.begin_sampling(k, effects),
+            Position::Rating(k) => {
+                self.enter(k, Phase::Rating(None));
+                effects.push(Effect::PlanRating(k));
+            }
             Position::Pairing(k) => {
                 self.enter(k, Phase::Pairing);
                 effects.push(Effect::Began(k, PhaseName::Pairing, None, 0, 0));

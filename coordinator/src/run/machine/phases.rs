@@ -7,10 +7,10 @@ use serde_json::json;
 use super::{
     Command, Effect, Epoch, EvaluationMetrics, Gathering, Iteration, Machine, ModelSource,
     Objective, Outcome, PairId, PairRef, PairSets, PairSize, Phase, PhaseName, Position, Progress,
-    ReductionSeconds, Reference, Saves, ScoredPair, Signs, SnapshotId, SnapshotKind, Stage, State,
-    Step, StepMetrics, StepPair, StepPlan, Watch, WrittenFile, health, plan,
+    RatingPlan, ReductionSeconds, Reference, Saves, ScoredPair, Signs, SnapshotId, SnapshotKind,
+    Stage, State, Step, StepMetrics, StepPair, StepPlan, Watch, WrittenFile, health, plan,
 };
-use crate::store::CommittedPhase;
+use crate::store::{CommittedPhase, TO_BE_RATED};
 
 impl Machine {
     pub(super) fn begin_sampling(&mut self, k: Iteration, effects: &mut Vec<Effect>) {
@@ -28,6 +28,30 @@ impl Machine {
         let total = self.shape.prompts.len() * replies;
         effects.push(Effect::Began(k, PhaseName::Sampling, None, total, finished * replies));
         self.enter(k, Phase::Sampling(Stage::shared(self.shape.world_size, commands)));
+        self.advance(effects);
+    }
+
+    /// Every shard is recorded.
+    pub(super) fn sampled(&mut self, k: Iteration, effects: &mut Vec<Effect>) {
+        let (detail, next) = match self.shape.is_rated {
+            true => (json!({ TO_BE_RATED: true }), Position::Rating(k)),
+            false => (json!({}), Position::Pairing(k)),
+        };
+        self.commit(k, CommittedPhase::Sampled, None, detail, effects);
+        self.go_on(next, effects);
+    }
+
+    /// Hands out batches, of so many samples each.
+    pub(super) fn rating_planned(&mut self, batches: Vec<usize>, effects: &mut Vec<Effect>) {
+        let State::Working { iteration, phase: Phase::Rating(plan @ None) } = &mut self.state
+        else {
+            return;
+        };
+        let total = batches.iter().sum();
+        effects.push(Effect::Began(*iteration, PhaseName::Rating, None, total, 0));
+        let commands = (0..batches.len() as u64).map(|batch| Command::Rate { batch }).collect();
+        let stage = Stage::shared(self.shape.world_size, commands);
+        *plan = Some(RatingPlan { stage, batches });
         self.advance(effects);
     }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::domain::{Epoch, Iteration, PairId, ReferenceLogps, ShardId, Step};
 use crate::run::command::{ModelSource, SnapshotId};
 use crate::run::plan::PairSize;
-use crate::store::{Commit, CommittedPhase};
+use crate::store::{Commit, CommittedPhase, TO_BE_RATED};
 
 /// Pairs of the iteration in hand.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -61,6 +61,8 @@ pub enum Position {
     Start,
     /// Draw fresh replies.
     Sampling(Iteration),
+    /// Let a reward model rate them.
+    Rating(Iteration),
     /// Build pairs.
     Pairing(Iteration),
     /// Compute reference log-probabilities.
@@ -124,7 +126,8 @@ impl Extent {
         let epoch = last.epoch.unwrap_or_default();
         match last.phase {
             CommittedPhase::Prepared => self.first(),
-            CommittedPhase::Sampled => Position::Pairing(k),
+            CommittedPhase::Sampled if last.detail[TO_BE_RATED] == true => Position::Rating(k),
+            CommittedPhase::Sampled | CommittedPhase::Rated => Position::Pairing(k),
             CommittedPhase::Paired => Position::Scoring(k),
             CommittedPhase::Scored if last.detail["workers"] != workers => Position::Scoring(k),
             CommittedPhase::Scored => Position::Training(k, Epoch(0)),
@@ -152,9 +155,10 @@ impl Extent {
     pub fn needs(&self, position: Position) -> (ModelSource, Option<SnapshotId>) {
         match position {
             Position::Start => (ModelSource::Base, None),
-            Position::Sampling(k) | Position::Pairing(k) | Position::Scoring(k) => {
-                (self.start_of(k), None)
-            }
+            Position::Sampling(k)
+            | Position::Rating(k)
+            | Position::Pairing(k)
+            | Position::Scoring(k) => (self.start_of(k), None),
             Position::Training(k, epoch) => (
                 self.start_of(k),
                 epoch.0.checked_sub(1).map(|done| SnapshotId::EndOf(k, Epoch(done))),
@@ -211,6 +215,23 @@ mod tests {
         assert_eq!(after(0, C::Evaluated, Some(2)), Position::Publishing(k(0)));
         assert_eq!(after(1, C::Published, None), Position::Sampling(k(2)));
         assert_eq!(after(2, C::Published, None), Position::Finished);
+    }
+
+    #[test]
+    fn what_is_to_be_rated_is_rated_before_it_makes_pairs() {
+        let commit = |phase| Commit {
+            iteration: Iteration(1),
+            phase,
+            epoch: None,
+            at: 0.0,
+            detail: serde_json::json!({ TO_BE_RATED: true }),
+        };
+        let position = |phase| EXTENT.position(Some(&commit(phase)), WORKERS);
+        let k = Iteration(1);
+        assert_eq!(position(CommittedPhase::Sampled), Position::Rating(k));
+        assert_eq!(position(CommittedPhase::Rated), Position::Pairing(k));
+        let start = (ModelSource::Checkpoint(Iteration(0)), None);
+        assert_eq!(EXTENT.needs(Position::Rating(k)), start, "scoring needs them next");
     }
 
     #[test]

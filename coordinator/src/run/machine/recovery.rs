@@ -7,8 +7,8 @@
 //! bytes.
 
 use super::{
-    Command, Effect, Machine, ModelSource, Now, Outcome, Phase, Position, Rank, Reference, Resume,
-    ShardId, Stage, State, Watch,
+    Command, Effect, Machine, ModelSource, Now, Outcome, Phase, Position, Rank, RatingPlan,
+    Reference, Resume, ShardId, Stage, State, Watch,
 };
 
 impl Machine {
@@ -80,7 +80,11 @@ impl Machine {
         let State::Working { iteration, phase } = &self.state else { return false };
         let is_last = |epoch| epoch == self.shape.extent.last_epoch(*iteration);
         match phase {
-            Phase::Sampling(_) | Phase::Pairing | Phase::Scoring(_) | Phase::Publishing => true,
+            Phase::Sampling(_)
+            | Phase::Rating(_)
+            | Phase::Pairing
+            | Phase::Scoring(_)
+            | Phase::Publishing => true,
             // The model that was saved is what they evaluate.
             Phase::Evaluating { epoch, .. } => is_last(*epoch),
             Phase::Saving { epoch, stage, .. } => is_last(*epoch) && !stage.needs(rank),
@@ -185,11 +189,12 @@ impl Machine {
             State::Grouping { stage, .. } | State::Loading(stage) => Some(stage),
             State::Working { phase, .. } => match phase {
                 Phase::Sampling(stage)
+                | Phase::Rating(Some(RatingPlan { stage, .. }))
                 | Phase::Scoring(stage)
                 | Phase::Training { stage, .. }
                 | Phase::Saving { stage, .. }
                 | Phase::Evaluating { stage, .. } => Some(stage),
-                Phase::Pairing | Phase::Publishing => None,
+                Phase::Rating(None) | Phase::Pairing | Phase::Publishing => None,
             },
             State::Attaching { .. } | State::Over => None,
         }
@@ -200,11 +205,12 @@ impl Machine {
             State::Grouping { stage, .. } | State::Loading(stage) => Some(stage),
             State::Working { phase, .. } => match phase {
                 Phase::Sampling(stage)
+                | Phase::Rating(Some(RatingPlan { stage, .. }))
                 | Phase::Scoring(stage)
                 | Phase::Training { stage, .. }
                 | Phase::Saving { stage, .. }
                 | Phase::Evaluating { stage, .. } => Some(stage),
-                Phase::Pairing | Phase::Publishing => None,
+                Phase::Rating(None) | Phase::Pairing | Phase::Publishing => None,
             },
             State::Attaching { .. } | State::Over => None,
         }

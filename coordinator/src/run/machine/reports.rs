@@ -1,7 +1,8 @@
 //! What workers tell: taken if it belongs to the state, refused if not.
 
 use super::{
-    Command, Effect, Epoch, Machine, Now, Outcome, Phase, Position, Rank, Report, Stage, State,
+    Command, Effect, Epoch, Machine, Now, Outcome, Phase, Position, Rank, RatingPlan, Report,
+    Stage, State,
 };
 use crate::store::CommittedPhase;
 use serde_json::json;
@@ -47,6 +48,17 @@ impl Machine {
             ) => {
                 self.members.progressed();
                 effects.push(Effect::RecordShard(*iteration, shard, samples));
+            }
+            (
+                State::Working { iteration, phase: Phase::Rating(Some(plan)) },
+                Report::Rated { batch, ratings },
+            ) => {
+                let asked = usize::try_from(batch).ok().and_then(|at| plan.batches.get(at));
+                if asked != Some(&ratings.len()) {
+                    return Err("Rated, with another number of ratings than samples,");
+                }
+                self.members.progressed();
+                effects.push(Effect::RecordRatings(*iteration, batch, ratings));
             }
             (
                 State::Working { iteration, phase: Phase::Scoring(_) },
@@ -116,7 +128,13 @@ impl Machine {
                         if stage.is_done() && stage.is_cut() {
                             self.end(Outcome::Stopped, effects);
                         } else if stage.is_done() {
-                            self.commit(k, CommittedPhase::Sampled, None, json!({}), effects);
+                            self.sampled(k, effects);
+                        }
+                    }
+                    Phase::Rating(Some(RatingPlan { stage, .. })) => {
+                        stage.dispatch(members, &welcome, effects);
+                        if stage.is_done() {
+                            self.commit(k, CommittedPhase::Rated, None, json!({}), effects);
                             self.go_on(Position::Pairing(k), effects);
                         }
                     }
@@ -152,7 +170,7 @@ impl Machine {
                             self.evaluated(effects);
                         }
                     }
-                    Phase::Pairing | Phase::Publishing => {}
+                    Phase::Rating(None) | Phase::Pairing | Phase::Publishing => {}
                 }
             }
             State::Attaching { .. } | State::Over => {}
@@ -168,6 +186,7 @@ fn name_of(report: &Report) -> &'static str {
         Report::SampleProgress { .. } => "SampleProgress",
         Report::ShardDone { .. } => "ShardDone",
         Report::Scored { .. } => "Scored",
+        Report::Rated { .. } => "Rated",
         Report::Stepped(_) => "Stepped",
         Report::StateSaved(_) => "StateSaved",
         Report::SnapshotWritten { .. } => "SnapshotWritten",

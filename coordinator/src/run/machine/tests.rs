@@ -2,6 +2,7 @@
 
 mod faults;
 mod leaving;
+mod rating;
 mod workers;
 mod world;
 
@@ -13,7 +14,7 @@ use crate::domain::{FinishReason, PromptId, Sample};
 use crate::run::command::WrittenFile;
 use crate::run::metrics::PairOutcome;
 use crate::run::plan::{CostModel, PairSize};
-use crate::store::{Commit, CommittedPhase};
+use crate::store::{Commit, CommittedPhase, TO_BE_RATED};
 
 fn shape(workers: u32) -> RunShape {
     shape_with(workers, workers)
@@ -28,7 +29,7 @@ fn shape_with(workers: u32, began_with: u32) -> RunShape {
     };
     let cost = CostModel { token: 100, attended: 1, response: 10 };
     let prompts = (0..20).map(|n| (PromptId(n), 10 + n as usize)).collect();
-    let mut shape = RunShape::new(&settings, workers, cost, prompts);
+    let mut shape = RunShape::new(&settings, workers, cost, prompts, false);
     shape.sharding.prompts = 3;
     shape
 }
@@ -37,6 +38,9 @@ fn pairs() -> PairSets {
     let size = |n| PairSize { id: PairId(n), tokens: 30 + n as usize, chosen: 9, rejected: 8 };
     PairSets { train: (0..10).map(size).collect(), held_out: (10..13).map(size).collect() }
 }
+
+/// Samples of each batch that is rated.
+const RATING_BATCHES: [usize; 7] = [4, 4, 4, 4, 4, 4, 2];
 
 const START: ReferenceLogps = ReferenceLogps { chosen: -10.0, rejected: -20.0 };
 
@@ -58,6 +62,10 @@ fn answer(command: &Command) -> Report {
         Command::Score { batch, micro_batches } => Report::Scored {
             batch: *batch,
             logps: ids(micro_batches).iter().map(|pair| (pair.id, START)).collect(),
+        },
+        Command::Rate { batch } => Report::Rated {
+            batch: *batch,
+            ratings: (0..RATING_BATCHES[*batch as usize]).map(|n| n as f64).collect(),
         },
         Command::TrainStep { step, micro_batches, .. } => Report::Stepped(StepOutcomes {
             step: *step,
@@ -115,6 +123,9 @@ fn simulate_with(
                         events.push_back(Event::Told(*rank, Report::StoreListening("a:1".into())));
                     }
                     events.push_back(Event::Told(*rank, answer(*rank, command)));
+                }
+                Effect::PlanRating(_) => {
+                    events.push_back(Event::RatingPlanned(RATING_BATCHES.to_vec()));
                 }
                 Effect::BuildPairs(_) => events.push_back(Event::PairsBuilt(pairs())),
                 Effect::Publish(..) => events.push_back(Event::CheckpointPublished),

@@ -8,12 +8,13 @@ use std::fmt;
 
 use rusqlite::Row;
 
+use super::ratings::rating_sum;
 use super::samples::ShardSum;
 use super::training::{reference_sum, step_sum};
 use super::{
     Commit, CommittedPhase, Epoch, Iteration, Journal, StoreError, commit_sum, counts_sum, schema,
 };
-use crate::domain::{PairId, ShardId, Step};
+use crate::domain::{PairId, PromptId, ShardId, Step};
 
 /// A row, or a shard with its samples, whose bytes are not those that were written.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -28,6 +29,8 @@ pub enum Torn {
     Counts(String),
     /// A shard or one of its samples.
     Shard(Iteration, ShardId),
+    /// What the reward model says of a sample.
+    Rating(Iteration, PromptId, u32),
     /// Reference log-probabilities of a pair.
     Reference(Iteration, PairId),
     /// A step. The epoch is that of the last intact step before it: it belongs to
@@ -43,6 +46,9 @@ impl fmt::Display for Torn {
             Self::Commit(number) => write!(f, "commit {number}"),
             Self::Counts(kind) => write!(f, "counts of {kind:?}"),
             Self::Shard(k, shard) => write!(f, "samples of shard {shard}, iteration {k}"),
+            Self::Rating(k, prompt, index) => {
+                write!(f, "rating of sample {index} of prompt {prompt}, iteration {k}")
+            }
             Self::Reference(k, pair) => write!(f, "reference of pair {pair}, iteration {k}"),
             Self::Step(k, step, _) => write!(f, "step {step} of iteration {k}"),
         }
@@ -56,6 +62,8 @@ pub struct Rows {
     pub commits: u64,
     /// Samples of all iterations.
     pub samples: u64,
+    /// Samples that a reward model rated.
+    pub ratings: u64,
     /// Pairs with reference log-probabilities.
     pub references: u64,
     /// Training steps.
@@ -73,6 +81,7 @@ impl Journal {
         let rows = Rows {
             commits: self.audit_commits(&mut torn)?,
             samples: self.audit_samples(&mut torn)?,
+            ratings: self.audit_ratings(&mut torn)?,
             references: self.audit_references(&mut torn)?,
             steps: self.audit_steps(&mut torn)?,
         };
@@ -178,6 +187,26 @@ impl Journal {
         Ok(samples)
     }
 
+    fn audit_ratings(&self, torn: &mut Vec<Torn>) -> Result<u64, StoreError> {
+        let rows = self.rows(
+            "check ratings",
+            "SELECT iteration, prompt, sample, rating, sha256 FROM ratings",
+            [],
+            |row| {
+                let (k, prompt, index) = (Iteration(row.get(0)?), row.get(1)?, row.get(2)?);
+                let read = (|| Ok::<_, rusqlite::Error>((row.get(3)?, row.get(4)?)))();
+                let intact = read.is_ok_and(|(rating, sum): (_, Vec<u8>)| {
+                    rating_sum(k, prompt, index, &rating)[..] == sum[..]
+                });
+                if !intact {
+                    torn.push(Torn::Rating(k, PromptId(prompt.cast_unsigned()), index));
+                }
+                Ok(())
+            },
+        )?;
+        Ok(rows.len() as u64)
+    }
+
     fn audit_references(&self, torn: &mut Vec<Torn>) -> Result<u64, StoreError> {
         let rows = self.rows(
             "check reference log-probabilities",
@@ -266,6 +295,9 @@ mod tests {
         let (first, second) = ([sample(0, 0, &[11, 303])], [sample(1, 0, &[404])]);
         journal.record_shard(k, ShardId(3), &first).unwrap();
         journal.record_shard(k, ShardId(4), &second).unwrap();
+        let ratings =
+            [(0, 1.25), (1, -7.125)].map(|(index, rating)| ((PromptId(9), index), rating));
+        journal.record_ratings(k, &ratings.into()).unwrap();
         let logps = ReferenceLogps { chosen: -123.456, rejected: -654.321 };
         journal.record_reference(k, &[(PairId(7), logps)]).unwrap();
         for step in 0..4 {
@@ -281,11 +313,12 @@ mod tests {
         journal.commit(&commit(1, CommittedPhase::Sampled, None)).unwrap();
         let (torn, rows) = journal.audit().unwrap();
         assert_eq!(torn, []);
-        assert_eq!(rows, Rows { commits: 2, samples: 2, references: 1, steps: 4 });
+        assert_eq!(rows, Rows { commits: 2, samples: 2, ratings: 2, references: 1, steps: 4 });
 
         drop(journal);
         let path = dir.path().join("journal.sqlite");
         flip(&path, &303u32.to_le_bytes());
+        flip(&path, &(-7.125f64).to_le_bytes());
         flip(&path, &(-654.321f64).to_le_bytes());
         flip(&path, b"of-0");
         flip(&path, b"of-2");
@@ -302,13 +335,14 @@ mod tests {
                 "commit 2",
                 "counts of \"inputs\"",
                 "samples of shard 3, iteration 1",
+                "rating of sample 1 of prompt 9, iteration 1",
                 "reference of pair 7, iteration 1",
                 "step 0 of iteration 1",
                 "step 2 of iteration 1",
             ]
         );
         // The step after the last intact one of epoch 0 may belong to it.
-        assert_eq!(torn[6], Torn::Step(k, Step(2), Epoch(0)));
+        assert_eq!(torn[7], Torn::Step(k, Step(2), Epoch(0)));
     }
 
     #[test]

@@ -16,6 +16,8 @@ pub struct Discard {
     pub iteration: Iteration,
     /// Shards of it whose samples go.
     pub shards: Vec<ShardId>,
+    /// Whether its ratings go.
+    pub ratings: bool,
     /// Whether its reference log-probabilities go.
     pub references: bool,
     /// Its steps go from this epoch on.
@@ -42,7 +44,7 @@ impl Journal {
         let transaction = self.connection.transaction().map_err(&failed)?;
         (|| {
             transaction.execute("DELETE FROM commits WHERE seq > ?1", [keep])?;
-            for table in ["samples", "shards", "reference", "steps"] {
+            for table in ["samples", "shards", "ratings", "reference", "steps"] {
                 transaction.execute(&format!("DELETE FROM {table} WHERE iteration > ?1"), [k])?;
             }
             for shard in shards {
@@ -50,6 +52,9 @@ impl Journal {
                     let sql = format!("DELETE FROM {table} WHERE iteration = ?1 AND shard = ?2");
                     transaction.execute(&sql, params![k, shard])?;
                 }
+            }
+            if what.ratings {
+                transaction.execute("DELETE FROM ratings WHERE iteration = ?1", [k])?;
             }
             if what.references {
                 transaction.execute("DELETE FROM reference WHERE iteration = ?1", [k])?;
@@ -82,7 +87,7 @@ mod tests {
     use super::super::tests::{commit, journal, sample};
     use super::super::{CommittedPhase, Torn};
     use super::*;
-    use crate::domain::{PairId, ReferenceLogps};
+    use crate::domain::{PairId, PromptId, ReferenceLogps};
 
     #[test]
     fn what_came_after_a_state_is_forgotten_and_what_it_rests_on_stays() {
@@ -105,6 +110,7 @@ mod tests {
                 let samples = [sample(shard, 0, &[1])];
                 journal.record_shard(k, ShardId(shard), &samples).unwrap();
             }
+            journal.record_ratings(k, &[((PromptId(0), 0), 0.5)].into()).unwrap();
             let logps = ReferenceLogps { chosen: -1.0, rejected: -2.0 };
             journal.record_reference(k, &[(PairId(0), logps)]).unwrap();
             for step in 0..4 {
@@ -118,6 +124,7 @@ mod tests {
             keep: 12,
             iteration: one,
             shards: Vec::new(),
+            ratings: false,
             references: false,
             steps_from: Epoch(1),
             steps: Vec::new(),
@@ -126,24 +133,29 @@ mod tests {
         let left = |journal: &Journal, k| {
             (
                 journal.samples(Iteration(k)).unwrap().len(),
+                journal.ratings(Iteration(k)).unwrap().len(),
                 journal.reference(Iteration(k)).unwrap().len(),
                 journal.steps(Iteration(k)).unwrap().len(),
             )
         };
         assert_eq!(journal.commits().unwrap().last().unwrap().phase, Evaluated);
-        assert_eq!([0, 1, 2].map(|k| left(&journal, k)), [(2, 1, 4), (2, 1, 2), (0, 0, 0)]);
+        assert_eq!(
+            [0, 1, 2].map(|k| left(&journal, k)),
+            [(2, 1, 1, 4), (2, 1, 1, 2), (0, 0, 0, 0)]
+        );
         assert_eq!(journal.counts().unwrap(), [("went back 1".into(), json!({ "to": 12 }))]);
 
         // While iteration 1 was sampled, and one shard of it is torn.
         let back = Discard {
             keep: 7,
             shards: vec![ShardId(3)],
+            ratings: true,
             references: true,
             steps_from: Epoch(0),
             ..back
         };
         journal.discard(&back, "went back 2", &json!({ "to": 7 })).unwrap();
-        assert_eq!([0, 1].map(|k| left(&journal, k)), [(2, 1, 4), (1, 0, 0)]);
+        assert_eq!([0, 1].map(|k| left(&journal, k)), [(2, 1, 1, 4), (1, 0, 0, 0)]);
         assert_eq!(journal.shards_done(one).unwrap(), [ShardId(4)]);
         assert_eq!(journal.audit().unwrap().0, []);
         journal.commit(&commit(1, Sampled, None)).unwrap();
@@ -163,6 +175,7 @@ mod tests {
             keep: 0,
             iteration: k,
             shards: Vec::new(),
+            ratings: false,
             references: false,
             steps_from: Epoch(1),
             steps: vec![Step(3)],

@@ -17,6 +17,7 @@ mod copy;
 mod discard;
 mod files;
 mod log;
+mod ratings;
 mod samples;
 mod schema;
 mod training;
@@ -43,6 +44,10 @@ pub use self::log::torn_at;
 pub use self::training::StepRecord;
 pub use self::writer::{Entry, JournalWriter};
 
+/// In the detail of [`CommittedPhase::Sampled`]: whether a reward model rates the samples
+/// before they make pairs.
+pub const TO_BE_RATED: &str = "to_be_rated";
+
 /// What a run is: fixed when it begins.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RunMeta {
@@ -65,6 +70,8 @@ pub enum CommittedPhase {
     Prepared,
     /// Every shard's samples are recorded.
     Sampled,
+    /// What the reward model says of every sample is recorded.
+    Rated,
     /// `pairs.parquet` is published.
     Paired,
     /// Every pair's reference log-probabilities are recorded.
@@ -80,9 +87,10 @@ pub enum CommittedPhase {
 }
 
 impl CommittedPhase {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Prepared,
         Self::Sampled,
+        Self::Rated,
         Self::Paired,
         Self::Scored,
         Self::Trained,
@@ -96,6 +104,7 @@ impl CommittedPhase {
         match self {
             Self::Prepared => "prepared",
             Self::Sampled => "sampled",
+            Self::Rated => "rated",
             Self::Paired => "paired",
             Self::Scored => "scored",
             Self::Trained => "trained",

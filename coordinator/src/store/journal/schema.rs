@@ -11,8 +11,10 @@ use super::{RunMeta, StoreError, publish};
 /// "DRFT", at a fixed place in the file's header.
 pub(super) const APPLICATION_ID: i32 = 0x4452_4654;
 /// Raised when an older coordinator would misread the tables.
-pub(super) const VERSION: i64 = 1;
+pub(super) const VERSION: i64 = 2;
 const SCHEMA: &str = include_str!("schema.sql");
+/// What version 2 added to it.
+const RATINGS: &str = include_str!("ratings.sql");
 
 pub(super) fn meta_sum(meta: &RunMeta) -> [u8; 32] {
     RowSum::of("run")
@@ -35,6 +37,7 @@ fn build(aside: &Path, meta: &RunMeta) -> rusqlite::Result<()> {
     connection.pragma_update(None, "application_id", APPLICATION_ID)?;
     connection.pragma_update(None, "user_version", VERSION)?;
     connection.execute_batch(SCHEMA)?;
+    connection.execute_batch(RATINGS)?;
     connection.execute(
         "INSERT INTO run VALUES (1, ?1, ?2, ?3, ?4, ?5)",
         params![
@@ -60,6 +63,7 @@ pub(super) fn definitions(connection: &Connection) -> rusqlite::Result<BTreeMap<
 pub(super) fn expected_definitions() -> rusqlite::Result<BTreeMap<String, String>> {
     let fresh = Connection::open_in_memory()?;
     fresh.execute_batch(SCHEMA)?;
+    fresh.execute_batch(RATINGS)?;
     definitions(&fresh)
 }
 
@@ -103,7 +107,15 @@ pub(super) fn open(path: &Path) -> Result<Connection, StoreError> {
         let place = structure.lines().last().unwrap_or_default();
         return Err(damaged(path, place.to_owned()));
     }
+    if found < VERSION {
+        bring_up_to_date(&connection).map_err(failed(path, "add the tables of this version"))?;
+    }
     Ok(connection)
+}
+
+/// A journal of version 1 gets the table that it lacks, all or nothing.
+fn bring_up_to_date(connection: &Connection) -> rusqlite::Result<()> {
+    connection.execute_batch(&format!("BEGIN; {RATINGS} PRAGMA user_version = {VERSION}; COMMIT;"))
 }
 
 fn configure(connection: &Connection) -> rusqlite::Result<()> {

@@ -290,12 +290,48 @@ fn a_later_schema_and_anothers_database_are_refused() {
     drop(journal);
     let path = dir.path().join("journal.sqlite");
     let message = Journal::open(&path).unwrap_err().to_string();
-    assert!(message.contains("has schema version 7, this coordinator knows up to 1"), "{message}");
+    assert!(message.contains("has schema version 7, this coordinator knows up to 2"), "{message}");
 
     let other = dir.path().join("other.sqlite");
     Connection::open(&other).unwrap().execute_batch("CREATE TABLE t (x)").unwrap();
     let refused = Journal::open(&other).unwrap_err();
     assert!(matches!(refused, StoreError::ForeignJournal { found: 0, .. }), "{refused}");
+}
+
+#[test]
+fn a_journal_of_the_version_before_gets_the_table_that_it_lacks() {
+    let (dir, mut journal) = journal();
+    journal.commit(&commit(0, CommittedPhase::Prepared, None)).unwrap();
+    journal.connection.execute_batch("DROP TABLE ratings; PRAGMA user_version = 1;").unwrap();
+    drop(journal);
+    let path = dir.path().join("journal.sqlite");
+    for _ in 0..2 {
+        let (mut journal, _) = Journal::open(&path).unwrap();
+        assert_eq!(journal.audit().unwrap().0, []);
+        assert_eq!(journal.commits().unwrap().len(), 1);
+        journal.record_ratings(Iteration(1), &[((PromptId(0), 0), 0.5)].into()).unwrap();
+    }
+}
+
+#[test]
+fn ratings_keep_every_bit_and_the_first_one_stays() {
+    let (_dir, mut journal) = journal();
+    let of = |ratings: &[f64]| -> crate::domain::Ratings {
+        (0..).map(|index| (PromptId(7), index)).zip(ratings.iter().copied()).collect()
+    };
+    let ratings = of(&[-0.0, 1e-300, -17.25]);
+    journal.record_ratings(Iteration(1), &ratings).unwrap();
+    journal.record_ratings(Iteration(1), &of(&[9.0, 9.0])).unwrap();
+    journal.record_ratings(Iteration(2), &of(&[4.0])).unwrap();
+    let kept = journal.ratings(Iteration(1)).unwrap();
+    assert_eq!(kept, ratings);
+    assert!(kept[&(PromptId(7), 0)].is_sign_negative());
+    journal.discard_ratings(Iteration(1)).unwrap();
+    assert!(journal.ratings(Iteration(1)).unwrap().is_empty());
+    assert_eq!(journal.ratings(Iteration(2)).unwrap().len(), 1);
+    journal.connection.execute("UPDATE ratings SET sample = 1", []).unwrap();
+    let damaged = journal.ratings(Iteration(2)).unwrap_err().to_string();
+    assert!(damaged.contains("rating of sample 1 of prompt 7, iteration 2"), "{damaged}");
 }
 
 #[test]

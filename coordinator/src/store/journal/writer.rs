@@ -7,8 +7,8 @@
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
-use super::{Journal, StoreError, put_counts, samples, training};
-use crate::domain::{Iteration, PairId, ReferenceLogps, Sample, ShardId};
+use super::{Journal, StoreError, put_counts, ratings, samples, training};
+use crate::domain::{Iteration, PairId, Ratings, ReferenceLogps, Sample, ShardId};
 
 /// Entries that wait at most: who is faster than the disk waits for it.
 const QUEUE: usize = 256;
@@ -21,6 +21,8 @@ const BATCH: usize = 128;
 pub enum Entry {
     /// As [`Journal::record_shard`].
     Shard(Iteration, ShardId, Vec<Sample>),
+    /// As [`Journal::record_ratings`].
+    Ratings(Iteration, Ratings),
     /// As [`Journal::record_reference`].
     References(Iteration, Vec<(PairId, ReferenceLogps)>),
     /// As [`Journal::record_counts`].
@@ -113,6 +115,9 @@ impl Journal {
             match entry {
                 Entry::Shard(iteration, shard, of_shard) => {
                     samples::put_shard(&mut transaction, &path, *iteration, *shard, of_shard)?;
+                }
+                Entry::Ratings(iteration, rated) => {
+                    ratings::put_ratings(&transaction, &path, *iteration, rated)?;
                 }
                 Entry::References(iteration, logps) => {
                     training::put_reference(&transaction, &path, *iteration, logps)?;

@@ -81,8 +81,15 @@ impl Verifier<'_, '_> {
         }
         if self.items[findings..].iter().all(|item| item.state == State::Ok) {
             let found = format!(
-                "{} commits, {} samples, {} reference log-probabilities, {} steps",
-                rows.commits, rows.samples, rows.references, rows.steps
+                "{} commits, {} samples, {}{} reference log-probabilities, {} steps",
+                rows.commits,
+                rows.samples,
+                match rows.ratings {
+                    0 => String::new(),
+                    ratings => format!("{ratings} ratings, "),
+                },
+                rows.references,
+                rows.steps
             );
             self.ok(JOURNAL, found);
         }
@@ -170,11 +177,13 @@ fn went_back_from(copy: &JournalCopy) -> Result<u64, StoreError> {
 fn remedy(torn: &Torn, history: &History) -> &'static str {
     let in_hand = |k: &Iteration| !history.published.contains(k);
     match torn {
-        Torn::Shard(k, _) | Torn::Step(k, ..) if in_hand(k) => LAST_STATE,
+        Torn::Shard(k, _) | Torn::Rating(k, ..) | Torn::Step(k, ..) if in_hand(k) => LAST_STATE,
         Torn::Reference(k, _) if in_hand(k) => LAST_STATE,
         Torn::Reference(..) => "nothing rests on it any more: the run is not held up",
         Torn::Definition(_) | Torn::Generation => "the run is not held up",
-        Torn::Commit(_) | Torn::Counts(_) | Torn::Shard(..) | Torn::Step(..) => RESTORE_JOURNAL,
+        Torn::Commit(_) | Torn::Counts(_) | Torn::Shard(..) | Torn::Rating(..) | Torn::Step(..) => {
+            RESTORE_JOURNAL
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::domain::{Epoch, Iteration};
-use crate::store::journal::{Commit, CommittedPhase as Phase};
+use crate::store::journal::{Commit, CommittedPhase as Phase, TO_BE_RATED};
 
 /// The first commit, by its index, that cannot follow the one before it.
 pub(super) fn out_of_order(commits: &[Commit]) -> Option<usize> {
@@ -16,11 +16,14 @@ fn follows(before: Option<&Commit>, next: &Commit) -> bool {
     let (k, epoch) = (next.iteration, next.epoch);
     let same = before.iteration == k;
     let after = |epoch: Option<Epoch>| epoch.map(|epoch| Epoch(epoch.0 + 1));
+    let to_be_rated = before.detail[TO_BE_RATED] == true;
     match (before.phase, next.phase) {
         (Phase::Prepared, Phase::Paired) => k == Iteration(0),
         (Phase::Prepared, Phase::Sampled) => k == Iteration(1),
         (Phase::Published, Phase::Sampled) => k.0 == before.iteration.0 + 1,
-        (Phase::Sampled, Phase::Paired)
+        (Phase::Sampled, Phase::Rated) => same && to_be_rated,
+        (Phase::Sampled, Phase::Paired) => same && !to_be_rated,
+        (Phase::Rated, Phase::Paired)
         | (Phase::Paired, Phase::Scored)
         | (Phase::Evaluated, Phase::Published)
         | (Phase::Published, Phase::Finished) => same,
@@ -93,9 +96,14 @@ pub(super) fn lost_commit(commits: &[Commit], found: Found) -> Option<String> {
             .iter()
             .any(|c| c.iteration == k && c.phase == phase && (epoch.is_none() || c.epoch == epoch))
     };
+    let to_be_rated = |k| {
+        let is_it = |c: &&Commit| c.iteration == k && c.phase == Phase::Sampled;
+        commits.iter().find(is_it).is_some_and(|c| c.detail[TO_BE_RATED] == true)
+    };
+    let last_before_pairs = |k| if to_be_rated(k) { Phase::Rated } else { Phase::Sampled };
     let (k, phase, epoch) = match found {
         Found::Pairs(Iteration(0)) => (Iteration(0), Phase::Prepared, None),
-        Found::Pairs(k) => (k, Phase::Sampled, None),
+        Found::Pairs(k) => (k, last_before_pairs(k), None),
         Found::Snapshot(k, Epoch(0)) => (k, Phase::Scored, None),
         Found::Snapshot(k, Epoch(n)) => (k, Phase::Evaluated, Some(Epoch(n - 1))),
         Found::Checkpoint(k) => (k, Phase::Evaluated, None),
@@ -140,13 +148,24 @@ mod tests {
         .into()
     }
 
+    /// The same run, in which samples are rated.
+    fn rated_run() -> Vec<Commit> {
+        let mut commits = run();
+        let sampled = commits.iter().position(|c| c.phase == Phase::Sampled).unwrap();
+        commits[sampled].detail = json!({ TO_BE_RATED: true });
+        commits.insert(sampled + 1, commit(1, Phase::Rated, None));
+        commits
+    }
+
     #[test]
     fn a_run_is_in_order_and_one_without_any_of_its_commits_is_not() {
-        assert_eq!(out_of_order(&run()), None);
-        for lost in 0..run().len() - 1 {
-            let mut commits = run();
-            commits.remove(lost);
-            assert_eq!(out_of_order(&commits), Some(lost), "without commit {lost}");
+        for run in [run(), rated_run()] {
+            assert_eq!(out_of_order(&run), None);
+            for lost in 0..run.len() - 1 {
+                let mut commits = run.clone();
+                commits.remove(lost);
+                assert_eq!(out_of_order(&commits), Some(lost), "without commit {lost}");
+            }
         }
         // A warm start may be skipped.
         let cold = [commit(0, Phase::Prepared, None), commit(1, Phase::Sampled, None)];
@@ -182,6 +201,10 @@ mod tests {
             let early = if found == Found::Checkpoint(k(0)) { 4 } else { made_after - 1 };
             assert!(lost_commit(&run[..early], found).is_some(), "{found:?}");
         }
+        let rated = rated_run();
+        assert_eq!(lost_commit(&rated[..10], Found::Pairs(k(1))), None);
+        let lost = lost_commit(&rated[..9], Found::Pairs(k(1)));
+        assert_eq!(lost.unwrap(), "rated of iteration 1");
         assert_eq!(
             lost_commit(&[], Found::Snapshot(k(0), Epoch(1))).unwrap(),
             "evaluated of epoch 0, iteration 0"

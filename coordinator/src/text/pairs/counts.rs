@@ -27,6 +27,10 @@ pub enum DropReason {
     OverlongRejected,
     /// The chat template raised on the prompt.
     TemplateRefused,
+    /// The reward model rates both replies the same.
+    EqualRatings,
+    /// The reward model's chat template raised on a reply.
+    NotRated,
 }
 
 impl fmt::Display for DropReason {
@@ -40,6 +44,8 @@ impl fmt::Display for DropReason {
             Self::OverlongChosen => "chosen reply too long",
             Self::OverlongRejected => "rejected reply too long",
             Self::TemplateRefused => "refused by the chat template",
+            Self::EqualRatings => "both replies rated the same",
+            Self::NotRated => "refused by the reward model's chat template",
         })
     }
 }

@@ -112,6 +112,7 @@ fn samples_keep_their_ids_and_answer_x() {
         context: &context,
         chosen: Reply::Drawn { iteration: Iteration(2), sample },
         rejected: Reply::Corpus { text: "w9", origin: &words },
+        flaw: None,
     };
     let candidates = samples.each_ref().map(candidate);
     let (rows, counts) = build_pairs(&model(), &candidates, LENGTHS, &none()).unwrap();
@@ -143,4 +144,26 @@ fn what_is_not_to_be_cut_is_dropped_by_the_side_that_is_too_long() {
     let reasons =
         [DropReason::OverlongPrompt, DropReason::OverlongChosen, DropReason::OverlongRejected];
     assert_eq!(dropped, reasons);
+}
+
+#[test]
+fn a_flaw_of_the_pair_counts_where_its_sides_have_none() {
+    let (context, words) = ([Message::new(Role::User, "w1")], origin(1));
+    let sides = [("w2", "w3"), ("w2", "w2"), ("w4", "w5")];
+    let flaws = [Some(DropReason::EqualRatings), Some(DropReason::EqualRatings), None];
+    let candidates: Vec<_> = sides
+        .iter()
+        .zip(flaws)
+        .map(|((chosen, rejected), flaw)| Candidate {
+            context: &context,
+            chosen: Reply::Corpus { text: chosen, origin: &words },
+            rejected: Reply::Corpus { text: rejected, origin: &words },
+            flaw,
+        })
+        .collect();
+    let (rows, counts) = build_pairs(&model(), &candidates, LENGTHS, &none()).unwrap();
+    assert_eq!(rows.len(), 1);
+    assert_eq!((rows[0].chosen.as_str(), rows[0].tokens.id), ("w4", PairId(0)));
+    let dropped: Vec<_> = counts.dropped.into_iter().collect();
+    assert_eq!(dropped, [(DropReason::EqualSides, 1), (DropReason::EqualRatings, 1)]);
 }

@@ -1,12 +1,12 @@
 //! The model families, by the names that `config.json` has for them.
 
-use std::path::Path;
-
 use serde_json::{Map, Value, json};
 
+use super::file::{ConfigFile, check_type};
 use crate::model::error::ModelError;
 
-/// The model families this decoder computes.
+/// The model families this decoder computes, by the classes that write text; most have one
+/// that rates it, too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Architecture {
     /// `LlamaForCausalLM`.
@@ -22,43 +22,64 @@ pub enum Architecture {
     Gemma3,
 }
 
+/// What a model is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Its next tokens.
+    Text,
+    /// One number for a whole sequence.
+    Rating,
+}
+
 /// A class of transformers that a checkpoint is of.
 struct Class {
     name: &'static str,
     model_type: &'static str,
     architecture: Architecture,
+    purpose: Purpose,
     /// `model_type` of the section that describes the decoder, where there is more than it.
     text_model_type: Option<&'static str>,
 }
 
-const CLASSES: [Class; 6] = [
-    Class::plain("LlamaForCausalLM", "llama", Architecture::Llama),
-    Class::plain("MistralForCausalLM", "mistral", Architecture::Mistral),
-    Class::plain("Qwen2ForCausalLM", "qwen2", Architecture::Qwen2),
-    Class::plain("Qwen3ForCausalLM", "qwen3", Architecture::Qwen3),
-    Class::plain("Gemma3ForCausalLM", "gemma3_text", Architecture::Gemma3),
+const CLASSES: [Class; 11] = [
+    Class::text("LlamaForCausalLM", "llama", Architecture::Llama),
+    Class::text("MistralForCausalLM", "mistral", Architecture::Mistral),
+    Class::text("Qwen2ForCausalLM", "qwen2", Architecture::Qwen2),
+    Class::text("Qwen3ForCausalLM", "qwen3", Architecture::Qwen3),
+    Class::text("Gemma3ForCausalLM", "gemma3_text", Architecture::Gemma3),
     Class {
-        name: "Gemma3ForConditionalGeneration",
-        model_type: "gemma3",
-        architecture: Architecture::Gemma3,
         text_model_type: Some("gemma3_text"),
+        ..Class::text("Gemma3ForConditionalGeneration", "gemma3", Architecture::Gemma3)
     },
+    Class::rating("LlamaForSequenceClassification", "llama", Architecture::Llama),
+    Class::rating("MistralForSequenceClassification", "mistral", Architecture::Mistral),
+    Class::rating("Qwen2ForSequenceClassification", "qwen2", Architecture::Qwen2),
+    Class::rating("Qwen3ForSequenceClassification", "qwen3", Architecture::Qwen3),
+    Class::rating("Gemma3TextForSequenceClassification", "gemma3_text", Architecture::Gemma3),
 ];
 
 impl Class {
-    const fn plain(
+    const fn text(
         name: &'static str,
         model_type: &'static str,
         architecture: Architecture,
     ) -> Self {
-        Self { name, model_type, architecture, text_model_type: None }
+        Self { name, model_type, architecture, purpose: Purpose::Text, text_model_type: None }
     }
 
-    fn supported() -> String {
-        let names: Vec<_> = CLASSES.iter().map(|class| class.name).collect();
-        let (last, others) = names.split_last().unwrap_or((&"", &[]));
-        format!("{} and {last}", others.join(", "))
+    const fn rating(
+        name: &'static str,
+        model_type: &'static str,
+        architecture: Architecture,
+    ) -> Self {
+        Self { purpose: Purpose::Rating, ..Self::text(name, model_type, architecture) }
     }
+}
+
+/// The classes that serve `purpose`, by name.
+pub(crate) fn classes(purpose: Purpose) -> Vec<&'static str> {
+    let serving = CLASSES.iter().filter(|class| class.purpose == purpose);
+    serving.map(|class| class.name).collect()
 }
 
 /// The part of a `config.json` that describes the decoder.
@@ -70,30 +91,20 @@ pub(super) struct Described {
     pub(super) entries: Map<String, Value>,
 }
 
-/// Finds it in all of the file's `entries`.
-pub(super) fn describe(
-    mut entries: Map<String, Value>,
-    path: &Path,
-) -> Result<Described, ModelError> {
-    let names: Vec<&str> = match entries.get("architectures") {
-        Some(Value::Array(names)) => names.iter().filter_map(Value::as_str).collect(),
-        _ => Vec::new(),
+/// Finds it in `file`, which is to serve `purpose`.
+pub(super) fn describe(file: ConfigFile, purpose: Purpose) -> Result<Described, ModelError> {
+    let serves = |class: &&Class| class.purpose == purpose && file.class() == Some(class.name);
+    let Some(class) = CLASSES.iter().find(serves) else {
+        return Err(file.unsupported_class(&classes(purpose)));
     };
-    let class = match names.as_slice() {
-        [name] => CLASSES.iter().find(|class| class.name == *name),
-        _ => None,
-    };
-    let Some(class) = class else {
-        let found = if names.is_empty() { "missing".to_owned() } else { names.join(", ") };
-        return Err(ModelError::unsupported(path, "architectures", found, &Class::supported()));
-    };
-    check_type(&entries, "model_type", class.model_type, class.name, path)?;
+    file.check_type(class.model_type, class.name)?;
+    let ConfigFile { path, mut entries } = file;
     if let Some(text_model_type) = class.text_model_type {
         let Some(Value::Object(text)) = entries.remove("text_config") else {
             let problem = format!("text_config is missing, expected a section for {}", class.name);
-            return Err(ModelError::malformed(path, problem));
+            return Err(ModelError::malformed(&path, problem));
         };
-        check_type(&text, "text_config.model_type", text_model_type, class.name, path)?;
+        check_type(&text, "text_config.model_type", text_model_type, class.name, &path)?;
         // What is said of the whole file is said of the decoder too.
         if let (Some(outer), Some(inner)) =
             (entries.get("tie_word_embeddings"), text.get("tie_word_embeddings"))
@@ -102,7 +113,7 @@ pub(super) fn describe(
             let problem = format!(
                 "tie_word_embeddings is {outer}, but text_config.tie_word_embeddings is {inner}"
             );
-            return Err(ModelError::malformed(path, problem));
+            return Err(ModelError::malformed(&path, problem));
         }
         let quantization = entries.remove("quantization_config");
         entries = text;
@@ -116,22 +127,6 @@ pub(super) fn describe(
         multimodal: class.text_model_type.is_some(),
         entries,
     })
-}
-
-fn check_type(
-    entries: &Map<String, Value>,
-    field: &str,
-    expected: &str,
-    class: &str,
-    path: &Path,
-) -> Result<(), ModelError> {
-    match entries.get("model_type").and_then(Value::as_str) {
-        Some(found) if found != expected => {
-            let supported = format!("{expected} for {class}");
-            Err(ModelError::unsupported(path, field, found, &supported))
-        }
-        _ => Ok(()),
-    }
 }
 
 impl Architecture {

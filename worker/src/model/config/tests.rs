@@ -80,7 +80,8 @@ fn silent_fields_have_the_defaults_of_transformers() {
     assert_eq!(config.rope, RopeConfig { theta: 10_000.0, scaling: RopeScaling::Default });
     assert_eq!(config.windows, [None, None]);
     assert_eq!(config.attention_scale, 0.25);
-    assert!(!config.tie_word_embeddings && !config.qkv_bias && !config.output_bias);
+    assert_eq!(config.head, Head::Vocabulary);
+    assert!(!config.qkv_bias && !config.output_bias);
     assert_eq!(config.pad_token_id, None);
 }
 
@@ -138,7 +139,7 @@ fn what_is_not_computed_is_refused_by_name() {
         let message = error.to_string();
         assert!(matches!(error, ModelError::Unsupported { .. }), "{message}");
         assert!(message.starts_with(&format!("m/config.json: {expected}")), "{message}");
-        assert!(message.contains("but this decoder supports"), "{message}");
+        assert!(message.contains("but the worker supports"), "{message}");
     }
 }
 
@@ -168,7 +169,8 @@ fn windows_are_where_transformers_has_them() {
 #[test]
 fn a_multimodal_file_is_read_for_its_text_part() {
     let config = parse(&multimodal()).unwrap();
-    assert!(config.multimodal && config.tie_word_embeddings && config.qk_norm);
+    assert_eq!(config.head, Head::Tied);
+    assert!(config.multimodal && config.qk_norm);
     assert_eq!((config.vocab_size, config.head_dim), (262_208, 256));
     assert_eq!(config.pad_token_id, Some(0));
     assert_eq!(config.windows.iter().flatten().collect::<Vec<_>>(), [&1024; 40]);

@@ -20,6 +20,8 @@ pub(super) enum Ground {
     Pairs(Iteration),
     /// All samples of an iteration.
     Samples(Iteration),
+    /// All that a reward model says of them.
+    Ratings(Iteration),
     /// All its reference log-probabilities.
     References(Iteration),
     /// The steps of one epoch.
@@ -40,7 +42,10 @@ pub(super) fn rests_on(extent: Extent, position: Position) -> Vec<Ground> {
             grounds.push(Ground::Checkpoint(Iteration(extent.iterations)));
             return grounds;
         }
-        Position::Sampling(k) | Position::Pairing(k) | Position::Scoring(k) => {
+        Position::Sampling(k)
+        | Position::Rating(k)
+        | Position::Pairing(k)
+        | Position::Scoring(k) => {
             base(k);
             (k, 0)
         }
@@ -58,8 +63,11 @@ pub(super) fn rests_on(extent: Extent, position: Position) -> Vec<Ground> {
     };
     if !matches!(position, Position::Sampling(_)) && k.0 > 0 {
         grounds.push(Ground::Samples(k));
+        if !matches!(position, Position::Rating(_)) {
+            grounds.push(Ground::Ratings(k));
+        }
     }
-    if !matches!(position, Position::Sampling(_) | Position::Pairing(_)) {
+    if !matches!(position, Position::Sampling(_) | Position::Rating(_) | Position::Pairing(_)) {
         grounds.push(Ground::Pairs(k));
         if matches!(position, Position::Training(..) | Position::Evaluating(..)) {
             grounds.push(Ground::References(k));
@@ -86,7 +94,10 @@ pub(super) fn standing(
         // The journal's own first: files are read only where it is good.
         let mut grounds = rests_on(extent, position);
         grounds.sort_by_key(|ground| {
-            !matches!(ground, Ground::Samples(_) | Ground::References(_) | Ground::Steps(..))
+            !matches!(
+                ground,
+                Ground::Samples(_) | Ground::Ratings(_) | Ground::References(_) | Ground::Steps(..)
+            )
         });
         grounds.into_iter().all(&mut is_good)
     };
@@ -105,11 +116,15 @@ pub(super) fn forget(
         Position::Start => (Iteration(0), 0, true),
         // What is torn then is of iterations that are published.
         Position::Finished => return None,
-        Position::Sampling(k) | Position::Pairing(k) | Position::Scoring(k) => (k, 0, true),
+        Position::Sampling(k)
+        | Position::Rating(k)
+        | Position::Pairing(k)
+        | Position::Scoring(k) => (k, 0, true),
         Position::Training(k, epoch) => (k, epoch.0, false),
         Position::Evaluating(k, epoch) => (k, epoch.0 + 1, false),
         Position::Publishing(k) => (k, u32::MAX, false),
     };
+    let ratings = matches!(position, Position::Start | Position::Sampling(_) | Position::Rating(_));
     let mut shards: Vec<ShardId> = Vec::new();
     let mut steps: Vec<Step> = Vec::new();
     let mut behind = keep < had;
@@ -117,8 +132,12 @@ pub(super) fn forget(
         match torn {
             Torn::Shard(of, shard) if *of == k => shards.push(*shard),
             Torn::Step(of, step, _) if *of == k => steps.push(*step),
+            Torn::Rating(of, ..) if *of == k => behind |= ratings,
             Torn::Reference(of, _) if *of == k => behind |= references,
-            Torn::Shard(of, _) | Torn::Step(of, ..) | Torn::Reference(of, _) => behind |= *of > k,
+            Torn::Shard(of, _)
+            | Torn::Rating(of, ..)
+            | Torn::Step(of, ..)
+            | Torn::Reference(of, _) => behind |= *of > k,
             Torn::Definition(_) | Torn::Generation | Torn::Commit(_) | Torn::Counts(_) => {}
         }
     }
@@ -126,6 +145,7 @@ pub(super) fn forget(
         keep,
         iteration: k,
         shards,
+        ratings,
         references,
         steps_from: Epoch(steps_from),
         steps,
@@ -144,7 +164,8 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::domain::PairId;
+    use crate::domain::{PairId, PromptId};
+    use crate::store::TO_BE_RATED;
 
     const EXTENT: Extent = Extent { iterations: 2, warm_start_epochs: 2, epochs: 1 };
     const WORKERS: u32 = 2;
@@ -239,6 +260,33 @@ mod tests {
         assert_eq!(back(7, &[Ground::Steps(ZERO, Epoch(0))]), Position::Training(ZERO, Epoch(0)));
         // Nothing rests on these any more.
         assert_eq!(back(8, &[Ground::References(ZERO)]), Position::Sampling(ONE));
+    }
+
+    #[test]
+    fn damaged_ratings_are_made_again_from_the_samples() {
+        let commit = |phase| Commit {
+            iteration: ONE,
+            phase,
+            epoch: None,
+            at: 0.0,
+            detail: json!({ TO_BE_RATED: true, "workers": WORKERS }),
+        };
+        use CommittedPhase::{Paired, Rated, Sampled, Scored};
+        let commits = [Sampled, Rated, Paired, Scored].map(commit);
+        for had in 2..=4 {
+            let is_good = |ground| ground != Ground::Ratings(ONE);
+            assert_eq!(standing(&commits[..had], EXTENT, WORKERS, is_good), 1, "{had} commits");
+        }
+        let position = EXTENT.position(Some(&commits[0]), WORKERS);
+        assert_eq!(position, Position::Rating(ONE));
+        let torn = [Torn::Rating(ONE, PromptId(3), 1)];
+        let back = forget(position, 1, 3, &torn).unwrap();
+        assert!(back.ratings && back.references && back.shards.is_empty());
+        // Behind them, they stay.
+        let position = Position::Pairing(ONE);
+        assert!(!forget(position, 2, 3, &[]).unwrap().ratings);
+        // Samples that are drawn again are rated again.
+        assert!(forget(Position::Sampling(ONE), 0, 2, &[]).unwrap().ratings);
     }
 
     #[test]

@@ -93,6 +93,9 @@ impl<'a> Look<'a> {
     fn look_at(&mut self, ground: Ground) -> Vec<Problem> {
         match ground {
             Ground::Samples(k) => self.rows(|torn| matches!(torn, Torn::Shard(of, _) if *of == k)),
+            Ground::Ratings(k) => {
+                self.rows(|torn| matches!(torn, Torn::Rating(of, ..) if *of == k))
+            }
             Ground::References(k) => {
                 self.rows(|torn| matches!(torn, Torn::Reference(of, _) if *of == k))
             }
@@ -137,7 +140,9 @@ impl<'a> Look<'a> {
         let entry = self.files.get(&names::pairs(k)).cloned();
         let Some(problem) = check_pairs(&path, entry.as_ref()) else { return Vec::new() };
         let mut problems = vec![problem];
-        if k.0 > 0 && !self.is_good(Ground::Samples(k)) {
+        let is_made_of_good =
+            k.0 == 0 || (self.is_good(Ground::Samples(k)) && self.is_good(Ground::Ratings(k)));
+        if !is_made_of_good {
             return problems;
         }
         let rows = (|| {

@@ -58,7 +58,7 @@ pub fn salvage(
             Torn::Definition(_) | Torn::Generation => {
                 warn!(file = names::JOURNAL, "is damaged at {torn}; the run does not rest on that");
             }
-            Torn::Shard(..) | Torn::Reference(..) | Torn::Step(..) => {}
+            Torn::Shard(..) | Torn::Rating(..) | Torn::Reference(..) | Torn::Step(..) => {}
         }
     }
     let commits = journal.commits()?;
@@ -144,7 +144,7 @@ fn refuse_what_is_lost(look: &mut Look<'_>, kept: &[Commit]) -> Result<()> {
             }));
         }
         for torn in look.torn.iter().filter(|torn| match torn {
-            Torn::Shard(of, _) | Torn::Step(of, ..) => *of == k,
+            Torn::Shard(of, _) | Torn::Rating(of, ..) | Torn::Step(of, ..) => *of == k,
             _ => false,
         }) {
             lost.push(look.journal.damaged_at(torn).to_string());

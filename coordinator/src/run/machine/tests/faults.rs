@@ -5,16 +5,17 @@ use super::world::{Dice, Disk, World};
 use super::*;
 use crate::domain::ShardId;
 
-fn world(workers: u32, snapshot_steps: u32) -> World {
+fn world(workers: u32, snapshot_steps: u32, is_rated: bool) -> World {
     let mut shape = shape(workers);
+    shape.is_rated = is_rated;
     shape.snapshots.steps = snapshot_steps;
     shape.max_losses = 1_000;
     shape.shard_tries = 1_000;
     World::new(shape)
 }
 
-fn undisturbed(workers: u32) -> Disk {
-    let mut world = world(workers, 0);
+fn undisturbed(workers: u32, is_rated: bool) -> Disk {
+    let mut world = world(workers, 0, is_rated);
     world.run(&mut Dice::new(1), 0);
     assert_eq!(world.outcome, Some(Outcome::Finished));
     world.disk.result()
@@ -23,10 +24,10 @@ fn undisturbed(workers: u32) -> Disk {
 #[test]
 fn whoever_is_lost_whenever_the_run_leaves_the_same() {
     let (mut losses, mut crashes) = (0, 0);
-    for workers in [1, 2, 3] {
-        let expected = undisturbed(workers);
+    for (workers, is_rated) in [(1, true), (2, false), (2, true), (3, true)] {
+        let expected = undisturbed(workers, is_rated);
         for seed in 0..200 {
-            let mut world = world(workers, [0, 1, 2][seed as usize % 3]);
+            let mut world = world(workers, [0, 1, 2][seed as usize % 3], is_rated);
             world.run(&mut Dice::new(seed), 25);
             assert_eq!(world.outcome, Some(Outcome::Finished), "seed {seed}, {workers} workers");
             assert_eq!(world.disk.result(), expected, "seed {seed}, {workers} workers");

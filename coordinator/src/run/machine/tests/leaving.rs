@@ -3,8 +3,9 @@
 use super::world::{Dice, World};
 use super::*;
 
-fn world(workers: u32, snapshot_steps: u32) -> World {
+fn world(workers: u32, snapshot_steps: u32, is_rated: bool) -> World {
     let mut shape = shape(workers);
+    shape.is_rated = is_rated;
     shape.snapshots.steps = snapshot_steps;
     shape.max_losses = 1_000;
     shape.shard_tries = 1_000;
@@ -14,13 +15,13 @@ fn world(workers: u32, snapshot_steps: u32) -> World {
 #[test]
 fn whenever_it_leaves_no_step_and_no_shard_is_computed_again() {
     let mut leaves = 0;
-    for workers in [1, 2, 3] {
-        let mut whole = world(workers, 0);
+    for (workers, is_rated) in [(1, true), (2, false), (3, true)] {
+        let mut whole = world(workers, 0, is_rated);
         whole.run(&mut Dice::new(1), 0);
         let computed = whole.computed;
         let expected = whole.disk.result();
         for seed in 0..100 {
-            let mut world = world(workers, [0, 1, 2][seed as usize % 3]);
+            let mut world = world(workers, [0, 1, 2][seed as usize % 3], is_rated);
             world.leave_rarity = 12;
             world.run(&mut Dice::new(seed), 0);
             assert_eq!(world.outcome, Some(Outcome::Finished), "seed {seed}, {workers} workers");
@@ -34,11 +35,11 @@ fn whenever_it_leaves_no_step_and_no_shard_is_computed_again() {
 
 #[test]
 fn leaving_among_losses_and_crashes_leaves_the_same() {
-    let mut whole = world(2, 0);
+    let mut whole = world(2, 0, true);
     whole.run(&mut Dice::new(1), 0);
     let expected = whole.disk.result();
     for seed in 0..200 {
-        let mut world = world(2, [0, 1, 2][seed as usize % 3]);
+        let mut world = world(2, [0, 1, 2][seed as usize % 3], true);
         world.leave_rarity = 40;
         world.run(&mut Dice::new(seed), 25);
         assert_eq!(world.outcome, Some(Outcome::Finished), "seed {seed}");

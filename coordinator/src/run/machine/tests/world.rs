@@ -28,6 +28,8 @@ pub(super) struct Disk {
     commits: Vec<(u32, CommittedPhase, Option<u32>)>,
     /// Who drew a shard's samples: the weights.
     pub(super) shards: BTreeMap<(Iteration, ShardId), u64>,
+    /// What was rated, by batch and place in it.
+    pub(super) ratings: BTreeMap<(Iteration, u64, usize), u64>,
     references: BTreeMap<(Iteration, PairId), u64>,
     steps: BTreeMap<(Iteration, Step), (Epoch, u64)>,
     /// Weights of checkpoints, and of snapshots with the steps done.
@@ -311,6 +313,13 @@ impl World {
                 samples[0].tokens = vec![weights() as u32];
                 return Report::ShardDone { shard, samples };
             }
+            Command::Rate { batch } => {
+                // Another model rates: it is there for whoever has the policy's weights.
+                assert_eq!(weights(), self.disk.start_of_iteration());
+                let Report::Rated { mut ratings, .. } = answer(command) else { unreachable!() };
+                ratings.iter_mut().for_each(|rating| *rating += *batch as f64);
+                return Report::Rated { batch: *batch, ratings };
+            }
             Command::Score { .. } => {
                 let Report::Scored { batch, mut logps } = answer(command) else { unreachable!() };
                 for (_, logps) in &mut logps {
@@ -339,6 +348,12 @@ impl World {
             Effect::SetAside(k, shard, _) => {
                 self.disk.shards.insert((k, shard), 0);
             }
+            Effect::RecordRatings(k, batch, ratings) => {
+                for (place, rating) in ratings.into_iter().enumerate() {
+                    let before = self.disk.ratings.insert((k, batch, place), rating.to_bits());
+                    assert_eq!(before, None, "a batch is rated once");
+                }
+            }
             Effect::RecordReferences(k, logps) => {
                 for (id, logps) in logps {
                     self.disk.references.insert((k, id), logps.chosen.to_bits());
@@ -365,7 +380,18 @@ impl World {
                 }
             }
             Effect::Rewind => return Some(Event::Rewound(Box::new(self.resume()))),
-            Effect::BuildPairs(_) => self.thread = Some(Event::PairsBuilt(pairs())),
+            Effect::PlanRating(_) => {
+                self.thread = Some(Event::RatingPlanned(RATING_BATCHES.to_vec()));
+            }
+            Effect::BuildPairs(_) => {
+                if self.shape.is_rated {
+                    let k = self.disk.working_on();
+                    let rated = self.disk.ratings.keys().filter(|(of, ..)| *of == k).count();
+                    let all = if k.0 == 0 { 0 } else { RATING_BATCHES.iter().sum() };
+                    assert_eq!(rated, all, "all are rated before they make pairs");
+                }
+                self.thread = Some(Event::PairsBuilt(pairs()));
+            }
             Effect::Publish(k, epoch) => {
                 self.disk.checkpoints.insert(k, self.disk.models[&(k, epoch)]);
                 self.thread = Some(Event::CheckpointPublished);
@@ -384,7 +410,7 @@ impl World {
             phase,
             epoch: epoch.map(Epoch),
             at: 0.0,
-            detail: json!({ "workers": self.shape.world_size }),
+            detail: json!({ "workers": self.shape.world_size, TO_BE_RATED: self.shape.is_rated }),
         });
         let position = self.shape.extent.position(last.as_ref(), self.shape.world_size as u32);
         let mut resume = Resume { position, ..Resume::default() };
@@ -394,6 +420,7 @@ impl World {
                 resume.shards_done =
                     self.disk.shards.keys().filter(|s| s.0 == k).map(|s| s.1).collect();
             }
+            Position::Rating(k) => self.disk.ratings.retain(|(of, ..), _| *of != k),
             Position::Start | Position::Pairing(_) | Position::Finished => {}
             _ => resume.pairs = pairs(),
         }
@@ -428,6 +455,11 @@ impl World {
 }
 
 impl Disk {
+    /// Weights of the policy that the iteration in hand began with.
+    fn start_of_iteration(&self) -> u64 {
+        self.checkpoints[&Iteration(self.working_on().0 - 1)]
+    }
+
     fn working_on(&self) -> Iteration {
         let last = self.commits.last().expect("committed");
         Iteration(last.0)
