@@ -1,6 +1,7 @@
-//! The job script under a real Slurm: a controller and two nodes of two GPUs' places.
+//! The job script under a real Slurm: a controller, and nodes with places for GPUs.
 //! They take root, Slurm and munge: `make test-slurm`.
 
+mod chapter;
 mod cluster;
 
 use std::path::{Path, PathBuf};
@@ -43,7 +44,7 @@ impl Bed {
         ] {
             settings.extend(["--set".to_owned(), setting]);
         }
-        Self { cluster: Cluster::start(folder.path()), folder, settings }
+        Self { cluster: Cluster::start(folder.path(), 2, 2), folder, settings }
     }
 
     fn run(&self) -> PathBuf {

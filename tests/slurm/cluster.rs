@@ -9,24 +9,27 @@ use std::process::{Child, Command, Stdio};
 use crate::support::eventually;
 use crate::support::network::{Network, address};
 
-/// A controller and two nodes. Dropped, it is stopped.
+/// A controller and nodes. Dropped, it is stopped.
 pub(super) struct Cluster {
     folder: PathBuf,
+    nodes: usize,
     daemons: Vec<Child>,
     network: Network,
 }
 
-const HOSTS: [&str; 3] = ["controller", "node1", "node2"];
-
 impl Cluster {
-    pub(super) fn start(folder: &Path) -> Self {
+    /// So many nodes, with places for so many GPUs each.
+    pub(super) fn start(folder: &Path, nodes: usize, gpus: usize) -> Self {
         let folder = folder.join("slurm");
         for name in ["", "state", "spool"] {
             std::fs::create_dir(folder.join(name)).unwrap();
         }
-        let network = Network::make(&folder, &HOSTS);
-        write_settings(&folder);
-        let mut cluster = Self { folder, daemons: Vec::new(), network };
+        let names: Vec<_> = (1..=nodes).map(node).collect();
+        let mut hosts = vec!["controller"];
+        hosts.extend(names.iter().map(String::as_str));
+        let network = Network::make(&folder, &hosts);
+        write_settings(&folder, nodes, gpus);
+        let mut cluster = Self { folder, nodes, daemons: Vec::new(), network };
         let mut munged = Command::new("munged");
         munged.args(["--foreground", "--force", "--num-threads=2"]);
         for (option, file) in [
@@ -44,13 +47,14 @@ impl Cluster {
         let mut controller = Command::new("slurmctld");
         controller.arg("-D");
         cluster.daemon(cluster.at(0, &controller), "slurmctld.out");
-        for (host, name) in HOSTS.iter().enumerate().skip(1) {
+        for (host, name) in (1..).zip(&names) {
             let mut slurmd = Command::new("slurmd");
             slurmd.args(["-D", "-N", name]);
             cluster.daemon(cluster.at(host, &slurmd), &format!("slurmd-{name}.out"));
         }
         let idle = ["--noheader", "--states=idle", "--format=%D"];
-        eventually(60, "two idle nodes", || cluster.try_says("sinfo", &idle).trim() == "2");
+        let all = nodes.to_string();
+        eventually(60, "idle nodes", || cluster.try_says("sinfo", &idle).trim() == all);
         cluster
     }
 
@@ -99,8 +103,9 @@ impl Cluster {
     /// What the daemons tell, for a test that fails.
     pub(super) fn logs(&self) -> String {
         let mut all = String::new();
-        for name in ["slurmctld.out", "slurmd-node1.out", "slurmd-node2.out"] {
-            let text = std::fs::read_to_string(self.folder.join(name)).unwrap_or_default();
+        let nodes = (1..=self.nodes).map(|n| format!("slurmd-{}.out", node(n)));
+        for name in std::iter::once("slurmctld.out".to_owned()).chain(nodes) {
+            let text = std::fs::read_to_string(self.folder.join(&name)).unwrap_or_default();
             let lines: Vec<_> = text.lines().collect();
             let tail = lines[lines.len().saturating_sub(15)..].join("\n");
             all.push_str(&format!("--- {name}\n{tail}\n"));
@@ -125,7 +130,11 @@ impl Drop for Cluster {
     }
 }
 
-fn write_settings(folder: &Path) {
+fn node(n: usize) -> String {
+    format!("node{n}")
+}
+
+fn write_settings(folder: &Path, nodes: usize, gpus: usize) {
     let at = |name: &str| folder.join(name).display().to_string();
     let key: String = (0..64).map(|n| format!("{n:02}")).collect();
     std::fs::write(folder.join("munge.key"), key).unwrap();
@@ -155,7 +164,8 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0
 KillWait=5
 ReturnToService=2
 GresTypes=gpu
-NodeName=node[1-2] CPUs=2 Gres=gpu:2 State=UNKNOWN
+SlurmdParameters=config_overrides
+NodeName=node[1-{nodes}] CPUs={gpus} Gres=gpu:{gpus} State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 ",
         controller = address(0),
@@ -166,9 +176,10 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
     );
     std::fs::write(folder.join("slurm.conf"), settings).unwrap();
     // A GPU's place takes a device; any file will do.
-    for name in ["gpu0", "gpu1"] {
-        std::fs::write(folder.join(name), "").unwrap();
+    for gpu in 0..gpus {
+        std::fs::write(folder.join(format!("gpu{gpu}")), "").unwrap();
     }
-    let places = format!("NodeName=node[1-2] Name=gpu File={}[0-1]\n", at("gpu"));
+    let last = gpus - 1;
+    let places = format!("NodeName=node[1-{nodes}] Name=gpu File={}[0-{last}]\n", at("gpu"));
     std::fs::write(folder.join("gres.conf"), places).unwrap();
 }

@@ -12,12 +12,12 @@ use anyhow::{Result, bail};
 
 use self::corpus::Corpus;
 use self::run::{Config, ManifestFile, PairsFile};
-use self::weights::{Model, State};
+use self::weights::{Kind, Model, State};
 use self::wire::Wire;
 
 /// All targets.
-pub(crate) const NAMES: [&str; 8] =
-    ["corpus", "parquet", "config", "manifest", "pairs", "model", "state", "wire"];
+pub(crate) const NAMES: [&str; 9] =
+    ["corpus", "parquet", "config", "manifest", "pairs", "model", "reward", "state", "wire"];
 
 /// A reader.
 pub(crate) trait Target {
@@ -36,7 +36,8 @@ pub(crate) fn target(name: &str) -> Result<Box<dyn Target>> {
         "config" => Box::new(Config(folder)),
         "manifest" => Box::new(ManifestFile(folder)),
         "pairs" => Box::new(PairsFile(folder)),
-        "model" => Box::new(Model(folder)),
+        "model" => Box::new(Model { folder, of: Kind::Decoder }),
+        "reward" => Box::new(Model { folder, of: Kind::Encoder }),
         "state" => Box::new(State::new(folder)?),
         "wire" => Box::new(Wire),
         other => bail!("no target {other}"),

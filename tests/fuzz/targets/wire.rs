@@ -52,6 +52,13 @@ impl Target for Wire {
                 files: vec![file()],
                 ..Default::default()
             })),
+            up(Up::RateResult(pb::RateResult { batch: 3, ratings: vec![0.5, -1.25] })),
+            down(Down::Rate(pb::RateBatch {
+                batch: 3,
+                directory: "/reward".to_owned(),
+                dtype: 1,
+                sequences: vec![pb::Sequence { tokens: vec![1, 2, 3] }],
+            })),
             down(Down::OpenGroup(pb::OpenGroup {
                 store_address: "127.0.0.1:9".to_owned(),
                 timeout_seconds: 60.0,

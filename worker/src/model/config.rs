@@ -24,6 +24,8 @@ pub use rope::{RopeConfig, RopeScaling};
 /// Largest size accepted for any one dimension: far above any model's, and low
 /// enough that products of two stay clear of overflow.
 const MAX_DIMENSION: i64 = 1 << 24;
+/// As for layers, each of which takes memory before a weight is looked for.
+const MAX_LAYERS: i64 = 1 << 12;
 
 /// A decoder's shape and constants, checked.
 #[derive(Debug, Clone, PartialEq)]
@@ -197,7 +199,7 @@ impl ModelConfig {
             vocab_size,
             hidden_size,
             intermediate_size: size("intermediate_size", raw.intermediate_size)?,
-            num_hidden_layers: size("num_hidden_layers", raw.num_hidden_layers)?,
+            num_hidden_layers: layers(raw.num_hidden_layers, path)?,
             num_attention_heads: heads,
             num_key_value_heads: kv_heads,
             head_dim,
@@ -234,13 +236,20 @@ impl ModelConfig {
 
 /// Checks a dimension.
 pub(crate) fn size(field: &str, value: i64, path: &Path) -> Result<i64, ModelError> {
-    match value {
-        1..=MAX_DIMENSION => Ok(value),
-        _ => {
-            let problem = format!("{field} is {value}, expected 1 to {MAX_DIMENSION}");
-            Err(ModelError::malformed(path, problem))
-        }
+    bounded(field, value, MAX_DIMENSION, path)
+}
+
+/// Checks `num_hidden_layers`.
+pub(crate) fn layers(value: i64, path: &Path) -> Result<i64, ModelError> {
+    bounded("num_hidden_layers", value, MAX_LAYERS, path)
+}
+
+fn bounded(field: &str, value: i64, most: i64, path: &Path) -> Result<i64, ModelError> {
+    if (1..=most).contains(&value) {
+        return Ok(value);
     }
+    let problem = format!("{field} is {value}, expected 1 to {most}");
+    Err(ModelError::malformed(path, problem))
 }
 
 /// Of queries, keys and values, and of attention's output, given `attention_bias`.

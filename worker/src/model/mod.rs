@@ -23,7 +23,7 @@ pub(crate) use block::Heads;
 pub(crate) use checkpoint::Checkpoint;
 pub use config::{Architecture, Head, ModelConfig, RopeConfig, RopeScaling};
 pub(crate) use config::{
-    ConfigFile, Purpose, check_one_label, classes, refuse_quantized, size, typed,
+    ConfigFile, Purpose, check_one_label, classes, layers, refuse_quantized, size, typed,
 };
 pub use decoder::{Decoder, Parameter};
 pub use error::ModelError;

@@ -203,6 +203,7 @@ fn numbers_out_of_range_are_refused() {
     let cases = [
         (with(llama(), "hidden_size", json!(0)), "hidden_size is 0"),
         (with(llama(), "vocab_size", json!(1_i64 << 40)), "vocab_size is 1099511627776"),
+        (with(llama(), "num_hidden_layers", json!(4097)), "is 4097, expected 1 to 4096"),
         (with(llama(), "num_key_value_heads", json!(3)), "not a multiple of num_key_value_heads 3"),
         (with(llama(), "hidden_size", json!(66)), "hidden_size 66 is not a multiple"),
         (with(llama(), "head_dim", json!(7)), "head_dim is 7"),

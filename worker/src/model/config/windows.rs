@@ -15,7 +15,7 @@ pub(super) fn parse(
     architecture: Architecture,
     path: &Path,
 ) -> Result<Vec<Option<i64>>, ModelError> {
-    let layers = size("num_hidden_layers", raw.num_hidden_layers, path)?;
+    let layers = super::layers(raw.num_hidden_layers, path)?;
     let by_family = slides(raw, architecture, path)?;
     let slides: Vec<bool> = match &raw.layer_types {
         Some(types) => by_type(types, layers, path)?,

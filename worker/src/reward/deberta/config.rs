@@ -3,7 +3,9 @@
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::model::{ConfigFile, ModelError, check_one_label, refuse_quantized, size, typed};
+use crate::model::{
+    ConfigFile, ModelError, check_one_label, layers, refuse_quantized, size, typed,
+};
 
 /// The encoder's shape and constants, checked.
 #[derive(Debug, Clone, PartialEq)]
@@ -190,7 +192,7 @@ impl DebertaConfig {
             vocab_size: size("vocab_size", raw.vocab_size)?,
             hidden_size,
             intermediate_size: size("intermediate_size", raw.intermediate_size)?,
-            num_hidden_layers: size("num_hidden_layers", raw.num_hidden_layers)?,
+            num_hidden_layers: layers(raw.num_hidden_layers, &path)?,
             num_attention_heads: heads,
             max_position_embeddings: longest,
             layer_norm_eps,

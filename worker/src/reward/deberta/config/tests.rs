@@ -129,6 +129,7 @@ fn what_is_not_computed_is_refused_by_name() {
 fn numbers_out_of_range_are_refused() {
     for (config, expected) in [
         (with("vocab_size", json!(0)), "vocab_size is 0"),
+        (with("num_hidden_layers", json!(9_000_000)), "is 9000000, expected 1 to 4096"),
         (with("num_attention_heads", json!(5)), "hidden_size 64 is not a multiple"),
         (with("layer_norm_eps", json!(-1.0)), "layer_norm_eps is -1"),
         (with("position_buckets", json!(1)), "position_buckets is 1, expected 2 to under 1022"),
