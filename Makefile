@@ -26,7 +26,7 @@ STAMP := .venv/.installed-$(shell cat $(REQUIREMENTS) | sha256sum | cut -c1-16)
 DENY_VERSION := 0.20.2
 DENY := .cache/tools/cargo-deny-$(DENY_VERSION)/bin/cargo-deny
 
-.PHONY: help setup system libtorch build cuda demo bench scale chaos fuzz images test test-cuda test-hosts test-slurm test-compose check lint deny clean
+.PHONY: help setup system libtorch build cuda demo bench scale study chaos fuzz images test test-cuda test-hosts test-slurm test-compose check lint deny clean
 
 help: ## list these targets
 	@echo "usage: make TARGET"
@@ -102,6 +102,9 @@ bench: build $(if $(filter sample,$(ONLY)),$(BENCH_STAMP)) ## measure the engine
 
 scale: build ## measure the coordinator beside up to 1,024 simulated workers and a million prompts
 	@target/release/scale $(ARGS)
+
+study: build ## compare DRIFT, IterDPO and SPIN on a task that a program can check
+	@target/release/study $(ARGS)
 
 # How many runs `make chaos` disturbs, and the first one's seed.
 SEEDS ?= 100

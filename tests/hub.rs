@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::{Arc, Mutex};
 
-use crate::support::{demo_model, ended, root, small, small_model, succeeds};
+use crate::support::{demo_model, ended, python, root, small, small_model, succeeds};
 
 const TOKEN: &str = "hf_letmein";
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
@@ -219,4 +219,36 @@ fn who_may_not_and_what_is_not_there_are_told_apart() {
     let mut short = run();
     short.args(["--set", "corpus=hf://datasets/acme"]);
     refused(short, &["hf://datasets/OWNER/NAME/PATH"]);
+}
+
+#[test]
+fn a_reward_model_comes_from_the_hub_too_and_its_lack_is_told_as_its_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let judge = folder.path().join("judge");
+    let small = folder.path().join("small");
+    let mut shelf = shelf(folder.path());
+    python("reward_text.py", &["chat", judge.to_str().unwrap(), small.to_str().unwrap()]);
+    for entry in judge.read_dir().unwrap().flatten() {
+        let name = entry.file_name().into_string().unwrap();
+        shelf.files.insert(format!("acme/judge/{name}"), std::fs::read(entry.path()).unwrap());
+    }
+    let hub = Hub::start(shelf);
+    let run = |run: &str, judge: &str| {
+        let mut command = run_from(&hub, folder.path(), run);
+        for setting in ["method=iter-dpo", "sampling.guidance=off", "launch.start_timeout=60"] {
+            command.args(["--set", setting]);
+        }
+        command.args(["--set", &format!("reward.model={judge}")]);
+        command
+    };
+    let lacks = ended(run("lacks", "acme/nobody"));
+    assert_eq!(lacks.code, Some(1), "{}", lacks.stderr);
+    for word in ["acme/nobody", "404", "--set reward.model="] {
+        assert!(lacks.stderr.contains(word), "{word:?} is not in: {}", lacks.stderr);
+    }
+    assert!(!folder.path().join("lacks").exists());
+
+    let whole = succeeds(run("run", "acme/judge"));
+    assert!(whole.stderr.contains("phase=Rating"), "{}", whole.stderr);
+    assert!(!hub.ranges("judge/resolve/main/model.safetensors").is_empty());
 }

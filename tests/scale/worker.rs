@@ -35,6 +35,8 @@ struct Session<'a> {
     up: UnboundedSender<pb::WorkerMessage>,
     generation: u64,
     rank: u32,
+    /// As the real one's: due a period after whatever was said last.
+    heartbeat: Interval,
     /// The lease in hand, and when it is sampled.
     lease: Option<(pb::SampleShard, tokio::time::Instant)>,
     /// Since when it has waited for one.
@@ -69,10 +71,11 @@ pub(crate) async fn attend(fleet: &Fleet, slot: u32) -> Result<Ended> {
         up,
         generation: welcome.generation,
         rank: welcome.rank,
+        heartbeat: every(period),
         lease: None,
         idle: None,
     };
-    session.serve(&mut inbound, period).await
+    session.serve(&mut inbound).await
 }
 
 /// With the settings of a real worker's connection.
@@ -87,12 +90,7 @@ async fn connect(address: &str) -> Result<Channel> {
 }
 
 impl Session<'_> {
-    async fn serve(
-        mut self,
-        inbound: &mut Streaming<pb::CoordinatorMessage>,
-        period: Duration,
-    ) -> Result<Ended> {
-        let mut heartbeat = every(period);
+    async fn serve(mut self, inbound: &mut Streaming<pb::CoordinatorMessage>) -> Result<Ended> {
         let mut progress = every(PROGRESS_PERIOD);
         loop {
             let done = self.lease.as_ref().map(|(_, at)| *at);
@@ -112,7 +110,7 @@ impl Session<'_> {
                     self.send(Up::SampleResult(replies));
                     self.idle = Some(Instant::now());
                 }
-                _ = heartbeat.tick() => self.send(Up::Heartbeat(pb::Heartbeat { resident_bytes: 1 })),
+                _ = self.heartbeat.tick() => self.send(Up::Heartbeat(pb::Heartbeat { resident_bytes: 1 })),
                 _ = progress.tick() => if let Some((lease, _)) = &self.lease {
                     let shard = lease.shard;
                     self.send(Up::SampleProgress(pb::SampleProgress { shard, tokens: 1, finished: 0 }));
@@ -153,8 +151,9 @@ impl Session<'_> {
         Ok(())
     }
 
-    fn send(&self, body: Up) {
+    fn send(&mut self, body: Up) {
         let _ = self.up.send(pb::WorkerMessage { generation: self.generation, body: Some(body) });
+        self.heartbeat.reset();
     }
 }
 

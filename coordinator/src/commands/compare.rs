@@ -17,8 +17,8 @@ pub fn compare(arguments: &CompareArguments) -> Result<()> {
     let runs: Vec<_> = arguments.runs.iter().map(|dir| measure(dir)).collect::<Result<_>>()?;
     if let Some(folder) = &arguments.plots {
         std::fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
-        write_file(&folder.join("compare.svg"), plots::svg(&runs)?.as_bytes())?;
-        write_file(&folder.join("compare.png"), &plots::png(&runs)?)?;
+        write_file(&folder.join("compare.svg"), plots::svg(&QUANTITIES, &runs)?.as_bytes())?;
+        write_file(&folder.join("compare.png"), &plots::png(&QUANTITIES, &runs)?)?;
     }
     let mut out = std::io::stdout().lock();
     if arguments.json {
@@ -26,7 +26,7 @@ pub fn compare(arguments: &CompareArguments) -> Result<()> {
         serde_json::to_writer_pretty(&mut out, &runs).context("write the comparison")?;
         writeln!(out)?;
     } else {
-        writeln!(out, "{}", table::render(&runs))?;
+        writeln!(out, "{}", table::render(&QUANTITIES, &runs))?;
     }
     Ok(())
 }

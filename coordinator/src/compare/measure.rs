@@ -43,7 +43,8 @@ pub const QUANTITIES: [Quantity; 14] = [
 pub struct Measured {
     /// 0 is the warm start.
     pub iteration: Iteration,
-    /// In the order of [`QUANTITIES`]; none where the run has no such thing.
+    /// In the order of [`QUANTITIES`], or of those that it is shown with; none where the
+    /// run has no such thing.
     ///
     /// Loss, signal, variance and gradient norm are means over the iteration's steps. What
     /// is held out is of the last evaluation; drift is since the iteration's reference, over

@@ -10,7 +10,7 @@ use plotters::prelude::{
 };
 use plotters::style::{Color, FontStyle, register_font};
 
-use super::{QUANTITIES, RunMeasures};
+use super::{Quantity, RunMeasures};
 
 /// Pixels of a panel.
 const PANEL: (u32, u32) = (340, 240);
@@ -41,9 +41,10 @@ struct Panel {
 ///
 /// # Errors
 /// What the drawing library says.
-pub fn svg(runs: &[RunMeasures]) -> Result<String> {
+pub fn svg(quantities: &[Quantity], runs: &[RunMeasures]) -> Result<String> {
     let mut text = String::new();
-    draw(SVGBackend::with_string(&mut text, size(runs)), runs)?;
+    let panels = panels(quantities, runs);
+    draw(SVGBackend::with_string(&mut text, size(&panels)), &panels, runs)?;
     text.push('\n');
     Ok(text)
 }
@@ -52,10 +53,11 @@ pub fn svg(runs: &[RunMeasures]) -> Result<String> {
 ///
 /// # Errors
 /// What the drawing library says.
-pub fn png(runs: &[RunMeasures]) -> Result<Vec<u8>> {
-    let (width, height) = size(runs);
+pub fn png(quantities: &[Quantity], runs: &[RunMeasures]) -> Result<Vec<u8>> {
+    let panels = panels(quantities, runs);
+    let (width, height) = size(&panels);
     let mut pixels = vec![0; (width * height * 3) as usize];
-    draw(BitMapBackend::with_buffer(&mut pixels, (width, height)), runs)?;
+    draw(BitMapBackend::with_buffer(&mut pixels, (width, height)), &panels, runs)?;
     let mut bytes = Vec::new();
     let mut encoder = png::Encoder::new(&mut bytes, width, height);
     encoder.set_color(png::ColorType::Rgb);
@@ -66,40 +68,44 @@ pub fn png(runs: &[RunMeasures]) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn draw<B: DrawingBackend>(backend: B, runs: &[RunMeasures]) -> Result<()>
+fn draw<B: DrawingBackend>(backend: B, panels: &[Panel], runs: &[RunMeasures]) -> Result<()>
 where
     B::ErrorType: 'static,
 {
     register_font(FONT, FontStyle::Normal, epaint_default_fonts::UBUNTU_LIGHT)
         .map_err(|_| anyhow!("the built-in font cannot be read; report this as a bug"))?;
     let root = backend.into_drawing_area();
-    figure(&root, runs).map_err(|error| anyhow!("draw the figure: {error}"))
+    figure(&root, panels, runs).map_err(|error| anyhow!("draw the figure: {error}"))
 }
 
 /// The quantities that some run has.
-fn panels(runs: &[RunMeasures]) -> Vec<Panel> {
+fn panels(quantities: &[Quantity], runs: &[RunMeasures]) -> Vec<Panel> {
     let points = |run: &RunMeasures, at: usize| {
         let point = |m: &super::Measured| Some((f64::from(m.iteration.0), m.values[at]?));
         run.iterations.iter().filter_map(point).filter(|(_, y)| y.is_finite()).collect()
     };
-    let panel = |(at, quantity): (usize, &super::Quantity)| Panel {
+    let panel = |(at, quantity): (usize, &Quantity)| Panel {
         title: quantity.name,
         digits: quantity.digits,
         lines: runs.iter().map(|run| points(run, at)).collect(),
     };
-    let mut panels: Vec<_> = QUANTITIES.iter().enumerate().map(panel).collect();
+    let mut panels: Vec<_> = quantities.iter().enumerate().map(panel).collect();
     panels.retain(|panel| panel.lines.iter().any(|line| !line.is_empty()));
     panels
 }
 
-fn size(runs: &[RunMeasures]) -> (u32, u32) {
-    let rows = panels(runs).len().div_ceil(COLUMNS) as u32;
+fn size(panels: &[Panel]) -> (u32, u32) {
+    let rows = panels.len().div_ceil(COLUMNS) as u32;
     (PANEL.0 * COLUMNS as u32, LEGEND + PANEL.1 * rows)
 }
 
 type Drawn = Result<(), Box<dyn Error>>;
 
-fn figure<B: DrawingBackend>(root: &DrawingArea<B, Shift>, runs: &[RunMeasures]) -> Drawn
+fn figure<B: DrawingBackend>(
+    root: &DrawingArea<B, Shift>,
+    panels: &[Panel],
+    runs: &[RunMeasures],
+) -> Drawn
 where
     B::ErrorType: 'static,
 {
@@ -113,7 +119,6 @@ where
         legend.draw(&Rectangle::new(square, colour(at as usize).filled()))?;
         legend.draw(&Text::new(name.clone(), (x + 22, 12), (FONT, 18)))?;
     }
-    let panels = panels(runs);
     let areas = body.split_evenly((panels.len().div_ceil(COLUMNS).max(1), COLUMNS));
     for (panel, area) in panels.iter().zip(&areas) {
         draw_panel(area, panel)?;

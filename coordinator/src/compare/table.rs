@@ -2,10 +2,10 @@
 
 use comfy_table::{Cell, CellAlignment, Table, presets};
 
-use super::{QUANTITIES, RunMeasures};
+use super::{Quantity, RunMeasures};
 
 /// The table; quantities that no run has are left out.
-pub fn render(runs: &[RunMeasures]) -> String {
+pub fn render(quantities: &[Quantity], runs: &[RunMeasures]) -> String {
     let last = runs.iter().flat_map(|run| &run.iterations).map(|m| m.iteration.0).max();
     let iterations: Vec<u32> = (0..=last.unwrap_or(0)).collect();
     let right = |text: String| Cell::new(text).set_alignment(CellAlignment::Right);
@@ -13,7 +13,7 @@ pub fn render(runs: &[RunMeasures]) -> String {
     table.load_style(presets::NOTHING);
     let header = ["by iteration".to_owned(), String::new()].into_iter().map(Cell::new);
     table.add_row(header.chain(iterations.iter().map(|k| right(k.to_string()))));
-    for (at, quantity) in QUANTITIES.iter().enumerate() {
+    for (at, quantity) in quantities.iter().enumerate() {
         let value = |run: &RunMeasures, k: u32| {
             run.iterations.iter().find(|m| m.iteration.0 == k).and_then(|m| m.values[at])
         };
@@ -35,7 +35,7 @@ pub fn render(runs: &[RunMeasures]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::compare::Measured;
+    use crate::compare::{Measured, QUANTITIES};
     use crate::domain::Iteration;
 
     #[test]
@@ -53,7 +53,7 @@ mod tests {
                 })
                 .collect(),
         };
-        let text = render(&[run("long", &[0.5, 0.25]), run("short", &[0.125])]);
+        let text = render(&QUANTITIES, &[run("long", &[0.5, 0.25]), run("short", &[0.125])]);
         let lines: Vec<Vec<&str>> =
             text.lines().map(|line| line.split_whitespace().collect()).collect();
         assert_eq!(lines[0], ["by", "iteration", "0", "1"]);

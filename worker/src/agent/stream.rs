@@ -190,9 +190,13 @@ impl Session {
         Ok(Self { device, engine, replied, up, generation, heartbeat, here, watch })
     }
 
-    fn send(&self, body: Up) {
+    /// Whatever is said tells that this worker lives: the next heartbeat is due a period
+    /// later.
+    fn send(&mut self, body: Up) {
         let message = pb::WorkerMessage { generation: self.generation, body: Some(body) };
         let _ = self.up.send(message);
+        self.heartbeat.reset();
+        self.watch.turned();
     }
 
     /// Passes commands to the engine and its replies up, until told to leave.
@@ -269,8 +273,7 @@ impl Session {
         self.engine.has_stopped()
     }
 
-    fn beat(&self) {
-        self.watch.turned();
+    fn beat(&mut self) {
         self.send(Up::Heartbeat(pb::Heartbeat { resident_bytes: resident_bytes() }));
     }
 }
