@@ -13,10 +13,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tch::{Device, Kind};
 
+use crate::floor::{Rate, RateJob};
 use crate::job::{Ids, Recipe, passes, token_pairs, train_step};
 use crate::machine::{self, peak_bytes};
-use crate::mix::tokens;
-use crate::options::{EngineOptions, ScalingOptions};
+use crate::mix::{responses, tokens};
+use crate::options::{DType, EngineOptions, ScalingOptions};
 use crate::ours::score;
 use crate::process::{Running, start_ours};
 use crate::report::{median, table, write};
@@ -62,8 +63,9 @@ pub(crate) struct RankRun {
 pub(crate) fn run(options: &ScalingOptions) -> Result<()> {
     let config = ModelConfig::read(&options.model)?;
     let pairs = options.mix.pairs(options.pairs, config.vocab_size);
-    let (mut one, mut two) = (Vec::new(), Vec::new());
+    let (mut one, mut two, mut ceilings) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..options.rounds {
+        ceilings.push(ceiling(options, &pairs)?);
         for (world_size, runs) in [(1, &mut one), (2, &mut two)] {
             let run = measure(options, &pairs, world_size)?;
             eprintln!("{}/{}: {}", round + 1, options.rounds, told(&run));
@@ -75,6 +77,7 @@ pub(crate) fn run(options: &ScalingOptions) -> Result<()> {
     };
     let (one_step, two_step) = (step_seconds(&one), step_seconds(&two));
     let speed_up = one_step / two_step;
+    let ceiling = median(ceilings.iter().copied()).unwrap_or(f64::NAN);
     let hidden = median(two.iter().filter_map(|run| hidden_share(run)));
     let figures = json!({
         "benchmark": "scaling",
@@ -85,6 +88,7 @@ pub(crate) fn run(options: &ScalingOptions) -> Result<()> {
         "micro_batch": options.micro_batch,
         "engine": options.engine,
         "speed_up": speed_up,
+        "speed_up_of_products_alone": ceiling,
         "hidden_reduction_share": hidden,
         "one_worker": {"step_seconds": one_step, "runs": one},
         "two_workers": {"step_seconds": two_step, "runs": two},
@@ -98,7 +102,7 @@ pub(crate) fn run(options: &ScalingOptions) -> Result<()> {
     let rows = [row("1", one_step), row("2", two_step)];
     println!("\n{}", table(&["workers", "mix", "s/step", "pairs/s"], &rows));
     println!(
-        "\nspeed-up {speed_up:.2}; of the time that gradients take to be summed, {}",
+        "\nspeed-up {speed_up:.2}; of two processes that only multiply matrices {ceiling:.2}; of the time that gradients take to be summed, {}",
         hidden.map_or_else(
             || "nothing is known: the engine did not measure it".to_owned(),
             |share| format!("{:.0} % is hidden", 100.0 * share)
@@ -110,6 +114,27 @@ pub(crate) fn run(options: &ScalingOptions) -> Result<()> {
         trace_file(options, 0).display()
     );
     Ok(())
+}
+
+/// What two processes at once gain over one where they do nothing but multiply matrices of
+/// the model's shapes, with one thread each: two cores of a machine may share their
+/// arithmetic or their power, and two workers gain no more than that.
+fn ceiling(options: &ScalingOptions, pairs: &[TokenPair]) -> Result<f64> {
+    let of_a_pass = |count: fn(&TokenPair) -> usize| {
+        pairs.iter().map(count).sum::<usize>() * options.micro_batch / pairs.len()
+    };
+    let job = RateJob {
+        model: options.model.clone(),
+        threads: 1,
+        dtype: DType::Bf16,
+        tokens: of_a_pass(tokens),
+        rows: of_a_pass(responses),
+    };
+    let start = || start_ours("run-rate", &job);
+    let alone: Rate = start()?.answer()?;
+    let (first, second) = (start()?, start()?);
+    let (first, second): (Rate, Rate) = (first.answer()?, second.answer()?);
+    Ok((first.model_shapes + second.model_shapes) / alone.model_shapes)
 }
 
 /// Where a rank's trace goes: beside the figures.

@@ -36,6 +36,12 @@ struct Arguments {
     /// Iterations of each run.
     #[arg(long, default_value_t = 4)]
     iterations: u32,
+    /// Questions of seed pairs, which the warm start trains on.
+    #[arg(long, default_value_t = 16)]
+    seed_pairs: usize,
+    /// Epochs of the warm start.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    warm_start_epochs: u32,
     /// Questions that a run trains on, in each iteration.
     #[arg(long, default_value_t = 40)]
     questions: usize,
@@ -69,20 +75,21 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<()> {
     let mut study = Study::begin(&arguments.methods, arguments.iterations);
     for seed in 1..=arguments.seeds {
-        let questions = task::draw(seed, arguments.questions);
+        let questions = task::draw(seed, arguments.seed_pairs, arguments.questions)?;
         let before = evaluate::success(arguments, &arguments.model, &questions.held_out, seed)?;
         eprintln!("seed {seed}: {} before training", before.percent());
         for method in &arguments.methods {
             let dir = runs::run(arguments, method, seed, &questions)?;
-            let mut successes = vec![before];
-            for k in 1..=arguments.iterations {
+            let mut successes = Vec::new();
+            // The iteration 0 is the warm start.
+            for k in 0..=arguments.iterations {
                 let checkpoint = dir.join(format!("iterations/{k:02}/checkpoint"));
                 let after = evaluate::success(arguments, &checkpoint, &questions.held_out, seed)?;
                 successes.push(after);
             }
             let by_iteration: Vec<_> = successes.iter().map(Success::percent).collect();
             eprintln!("seed {seed}, {method}: {}", by_iteration.join(", "));
-            study.add(method, &dir, successes)?;
+            study.add(method, &dir, before, successes)?;
             // After each: a study that is cut short has told what it knew.
             study.write(&arguments.output)?;
         }

@@ -19,8 +19,9 @@ const OWN: [Quantity; 3] = [
     Quantity { name: "success with the right word", digits: 3 },
 ];
 
-/// One run, and how each of its models did; the first is the one it began with.
+/// One run, and how its model did before it and after each iteration.
 struct Run {
+    before: Success,
     measures: RunMeasures,
     successes: Vec<Success>,
 }
@@ -39,8 +40,14 @@ impl Study {
         }
     }
 
-    pub(crate) fn add(&mut self, method: &str, dir: &Path, successes: Vec<Success>) -> Result<()> {
-        let run = Run { measures: measure(dir)?, successes };
+    pub(crate) fn add(
+        &mut self,
+        method: &str,
+        dir: &Path,
+        before: Success,
+        successes: Vec<Success>,
+    ) -> Result<()> {
+        let run = Run { measures: measure(dir)?, before, successes };
         let mut of = self.methods.iter_mut().filter(|(name, _)| name == method);
         of.next().context("a method of the study")?.1.push(run);
         Ok(())
@@ -63,8 +70,16 @@ impl Study {
             .collect()
     }
 
+    /// Of the model before any training, on what the seeds held out.
+    fn before(&self) -> Option<f64> {
+        let runs = self.methods.iter().flat_map(|(_, runs)| runs);
+        mean(&runs.map(|run| run.before.form).collect::<Vec<_>>())
+    }
+
     pub(crate) fn table(&self) -> String {
-        table::render(&Self::quantities(), &self.means())
+        let before = self.before().unwrap_or(f64::NAN);
+        let table = table::render(&Self::quantities(), &self.means());
+        format!("success before any training: {before:.3}; iteration 0 is the warm start\n{table}")
     }
 
     /// Writes `study.txt`, `study.json` and the plots.
@@ -83,6 +98,7 @@ impl Study {
             let successes = run.successes.iter();
             json!({
                 "run": run.measures.name,
+                "before": run.before.form,
                 "success": successes.clone().map(|s| s.form).collect::<Vec<_>>(),
                 "success_with_the_right_word": successes.map(|s| s.right).collect::<Vec<_>>(),
             })

@@ -6,10 +6,10 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 use crate::Arguments;
-use crate::task::{Questions, write_corpus};
+use crate::task::{Questions, write_corpus, write_seeds};
 
 /// What all runs have in common: the questions are short, and so are the replies.
-const SETTINGS: [&str; 10] = [
+const SETTINGS: [&str; 9] = [
     "workers=1",
     "data.held_out=4",
     "text.max_length=192",
@@ -17,7 +17,6 @@ const SETTINGS: [&str; 10] = [
     "sampling.max_prompt_tokens=192",
     "sampling.max_new_tokens=16",
     "sampling.cache_budget=1GiB",
-    "training.warm_start_epochs=0",
     "training.pairs_per_worker=4",
     "training.warmup_ratio=0.0",
 ];
@@ -35,7 +34,9 @@ pub(crate) fn run(
     }
     std::fs::create_dir_all(&arguments.output).context("make the study's folder")?;
     let corpus = arguments.output.join(format!("corpus-{seed}.jsonl"));
-    write_corpus(&corpus, &questions.trained)?;
+    let seeds = arguments.output.join(format!("seeds-{seed}.jsonl"));
+    write_corpus(&corpus, questions)?;
+    write_seeds(&seeds, questions)?;
     let program = std::env::current_exe()?.with_file_name("coordinator");
     let mut command = Command::new(&program);
     command.arg("--run-dir").arg(&dir);
@@ -43,9 +44,11 @@ pub(crate) fn run(
         command.arg("--resume");
     } else {
         command.arg("--model").arg(&arguments.model).arg("--corpus").arg(&corpus);
+        command.arg("--seeds").arg(&seeds);
         let own = [
             format!("method={method}"),
             format!("seed={seed}"),
+            format!("training.warm_start_epochs={}", arguments.warm_start_epochs),
             format!("training.iterations={}", arguments.iterations),
             format!("training.learning_rate={}", arguments.learning_rate),
             format!("launch.threads={}", arguments.threads),

@@ -1,10 +1,9 @@
 //! Questions that one word answers, and conversations in which a reply was too long.
 
-use std::fs::File;
-use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use drift_coordinator::store::publish::write_file;
 use serde_json::{Value, json};
 
 const CAPITALS: [(&str, &str); 36] = [
@@ -123,6 +122,8 @@ const COMPLAINTS: [&str; 4] = [
     "No, a single word and nothing else, as I said.",
 ];
 
+const THANKS: &str = "Thank you.";
+
 /// A question, and the word that answers it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Question {
@@ -132,8 +133,11 @@ pub(crate) struct Question {
     disappointing: String,
 }
 
-/// What is trained on, and what is asked afterwards.
+/// What is trained on, and what is asked afterwards; no question is in two.
 pub(crate) struct Questions {
+    /// Of seed pairs, for the warm start.
+    pub(crate) seeds: Vec<Question>,
+    /// Of all iterations.
     pub(crate) trained: Vec<Question>,
     pub(crate) held_out: Vec<Question>,
 }
@@ -168,31 +172,63 @@ fn all() -> Vec<Question> {
     capitals.chain(opposites).chain(plurals).collect()
 }
 
-/// Draws `trained` questions; the others are held out.
-pub(crate) fn draw(seed: u64, trained: usize) -> Questions {
+/// Draws questions of `seeds` seed pairs and `trained` others; the rest is held out.
+pub(crate) fn draw(seed: u64, seeds: usize, trained: usize) -> Result<Questions> {
     let mut questions = all();
+    ensure!(seeds + trained < questions.len(), "there are {} questions in all", questions.len());
     fastrand::Rng::with_seed(seed).shuffle(&mut questions);
-    let held_out = questions.split_off(trained.min(questions.len() - 1));
-    Questions { trained: questions, held_out }
+    let held_out = questions.split_off(seeds + trained);
+    let trained = questions.split_off(seeds);
+    Ok(Questions { seeds: questions, trained, held_out })
 }
 
-/// Writes, for each question, a conversation that disappointed and one that satisfied.
-pub(crate) fn write_corpus(path: &Path, questions: &[Question]) -> Result<()> {
-    let mut file = BufWriter::new(File::create(path).context("write the corpus")?);
-    for (question, complaint) in questions.iter().zip(COMPLAINTS.iter().cycle()) {
-        let Question { text, answer, disappointing } = question;
-        for (reply, judgement, label) in
-            [(disappointing.as_str(), *complaint, "dsat"), (*answer, "Thank you.", "sat")]
-        {
-            let messages: [Value; 3] = [
-                json!({ "role": "user", "content": text }),
-                json!({ "role": "assistant", "content": reply }),
-                json!({ "role": "user", "content": judgement, "label": label }),
-            ];
-            writeln!(file, "{}", json!({ "messages": messages })).context("write the corpus")?;
-        }
+/// Writes, for each trained question, a conversation that disappointed and one that
+/// satisfied: each method has as many to learn from.
+pub(crate) fn write_corpus(path: &Path, questions: &Questions) -> Result<()> {
+    let each = questions.trained.iter().zip(COMPLAINTS.iter().cycle());
+    let conversations = each.flat_map(|(question, complaint)| {
+        let begin = user(&question.text, None);
+        [
+            vec![begin.clone(), agent(&question.disappointing), user(complaint, Some("dsat"))],
+            vec![begin, agent(question.answer), user(THANKS, Some("sat"))],
+        ]
+    });
+    write(path, conversations)
+}
+
+/// Writes, for each seed pair, the conversation that it comes from: a complaint, and a
+/// second reply that satisfied.
+pub(crate) fn write_seeds(path: &Path, questions: &Questions) -> Result<()> {
+    let each = questions.seeds.iter().zip(COMPLAINTS.iter().cycle());
+    let conversations = each.map(|(question, complaint)| {
+        vec![
+            user(&question.text, None),
+            agent(&question.disappointing),
+            user(complaint, Some("dsat")),
+            agent(question.answer),
+            user(THANKS, Some("sat")),
+        ]
+    });
+    write(path, conversations)
+}
+
+fn user(content: &str, label: Option<&str>) -> Value {
+    match label {
+        Some(label) => json!({ "role": "user", "content": content, "label": label }),
+        None => json!({ "role": "user", "content": content }),
     }
-    file.flush().context("write the corpus")
+}
+
+fn agent(content: &str) -> Value {
+    json!({ "role": "assistant", "content": content })
+}
+
+fn write(path: &Path, conversations: impl Iterator<Item = Vec<Value>>) -> Result<()> {
+    let mut lines = String::new();
+    for messages in conversations {
+        lines += &format!("{}\n", json!({ "messages": messages }));
+    }
+    write_file(path, lines.as_bytes()).context("write conversations")
 }
 
 /// Whether a reply is one word, and whether it is the right one.
@@ -204,6 +240,7 @@ pub(crate) fn judge(question: &Question, reply: &str) -> (bool, bool) {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
@@ -231,9 +268,12 @@ mod tests {
 
     #[test]
     fn what_is_asked_afterwards_is_never_trained_on() {
-        let Questions { trained, held_out } = draw(3, 40);
-        assert_eq!((trained.len(), held_out.len()), (40, 60));
-        assert!(trained.iter().all(|question| !held_out.contains(question)));
-        assert_ne!(draw(4, 40).trained, trained, "another seed draws others");
+        let Questions { seeds, trained, held_out } = draw(3, 16, 40).unwrap();
+        assert_eq!((seeds.len(), trained.len(), held_out.len()), (16, 40, 44));
+        let used: Vec<_> = seeds.iter().chain(&trained).collect();
+        assert!(held_out.iter().all(|question| !used.contains(&question)));
+        assert!(seeds.iter().all(|question| !trained.contains(question)));
+        assert_ne!(draw(4, 16, 40).unwrap().trained, trained, "another seed draws others");
+        assert!(draw(3, 60, 40).is_err(), "none would be held out");
     }
 }

@@ -21,7 +21,8 @@ pub struct Quantity {
 }
 
 /// All of them, in the order of [`Measured::values`].
-pub const QUANTITIES: [Quantity; 14] = [
+pub const QUANTITIES: [Quantity; 15] = [
+    Quantity { name: "pairs that train", digits: 1 },
     Quantity { name: "loss", digits: 4 },
     Quantity { name: "held-out loss", digits: 4 },
     Quantity { name: "held-out accuracy", digits: 3 },
@@ -46,6 +47,7 @@ pub struct Measured {
     /// In the order of [`QUANTITIES`], or of those that it is shown with; none where the
     /// run has no such thing.
     ///
+    /// Pairs are those of the iteration's file that are not held out.
     /// Loss, signal, variance and gradient norm are means over the iteration's steps. What
     /// is held out is of the last evaluation; drift is since the iteration's reference, over
     /// held-out pairs, or over the last step's where none are held out. Length and diversity
@@ -119,6 +121,7 @@ fn values(k: Iteration, lines: &[Value], rows: &[PairRow]) -> Vec<Option<f64>> {
     let says: Vec<Vec<String>> = drawn.iter().map(|(text, _)| words(text)).collect();
     let tokens: usize = drawn.iter().map(|(_, tokens)| tokens).sum();
     vec![
+        Some(rows.iter().filter(|row| !row.held_out).count() as f64),
         mean("loss"),
         held_out("eval_loss"),
         held_out("eval_rewards/accuracies"),
@@ -193,9 +196,11 @@ mod tests {
             json!({ "loss": 0.5, "grad_norm": 4.0, "signal/mean": 0.3, "logps/rejected_drift": -3.0 }),
             json!({ "eval_loss": 0.4, "eval_logps/chosen": -8.0, "eval_ref_logps/chosen": -10.0 }),
         ];
-        let rows = [row(0, 2, "one two"), row(1, 2, "one three"), row(2, 1, "of before")];
+        let held_out = PairRow { held_out: true, ..row(3, 1, "of before") };
+        let rows = [row(0, 2, "one two"), row(1, 2, "one three"), row(2, 1, "of before"), held_out];
         let values = values(Iteration(2), &lines, &rows);
         assert_eq!(values.len(), QUANTITIES.len());
+        assert_eq!(of(&values, "pairs that train"), Some(3.0));
         assert_eq!(of(&values, "loss"), Some(0.6));
         assert_eq!(of(&values, "held-out loss"), Some(0.4));
         assert_eq!(of(&values, "log p drift, chosen (nats)"), Some(2.0));

@@ -48,7 +48,7 @@ mod tests {
                 .zip(losses)
                 .map(|(k, loss)| {
                     let mut values = vec![None; QUANTITIES.len()];
-                    values[0] = Some(*loss);
+                    values[1] = Some(*loss);
                     Measured { iteration: Iteration(k), values }
                 })
                 .collect(),
