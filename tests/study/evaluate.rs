@@ -1,4 +1,4 @@
-//! Success on questions that were held out: replies drawn as runs draw theirs.
+//! Replies of a model, drawn as runs draw theirs, and how many of them satisfy.
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -11,38 +11,56 @@ use drift_worker::sample::{Prompt, Sampler, SamplingEngine, SamplingParams, Shar
 use jiff::civil::date;
 use tch::{Device, Kind};
 
-use crate::Arguments;
 use crate::task::{Question, judge};
 
-/// Replies to each question.
-const REPLIES: u32 = 2;
 /// Tokens of a prompt, at most; questions are far shorter.
 const PROMPT_TOKENS: usize = 192;
+/// Tokens of a reply, at most, as in the runs.
+pub(crate) const REPLY_TOKENS: u32 = 48;
 
-/// Shares of replies.
+/// How a model does.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Success {
-    /// That are one word, as was asked.
-    pub(crate) form: f64,
-    /// That are the right word.
-    pub(crate) right: f64,
+    /// Share of replies that satisfy.
+    pub(crate) share: f64,
+    /// Words of a reply, on average.
+    pub(crate) words: f64,
 }
 
 impl Success {
     /// For people.
     pub(crate) fn percent(&self) -> String {
-        format!("{:.1} %", 100.0 * self.form)
+        format!("{:.1} %", 100.0 * self.share)
     }
 }
 
-/// How the model in `folder` does, by the recipe's distribution.
+/// How the model in `folder` does, by `each` replies to each question.
 pub(crate) fn success(
-    arguments: &Arguments,
     folder: &Path,
     questions: &[Question],
+    each: u32,
     seed: u64,
 ) -> Result<Success> {
-    tch::set_num_threads(i32::try_from(arguments.threads)?);
+    let replies = replies(folder, questions, each, seed)?;
+    let of = questions.iter().zip(&replies);
+    let satisfy =
+        of.map(|(question, replies)| replies.iter().filter(|reply| judge(question, reply)).count());
+    let words = replies.iter().flatten().map(|reply| reply.split_whitespace().count());
+    let count = (questions.len() * each as usize) as f64;
+    Ok(Success {
+        share: satisfy.sum::<usize>() as f64 / count,
+        words: words.sum::<usize>() as f64 / count,
+    })
+}
+
+/// `each` replies of the model in `folder` to each question, by the recipe's distribution.
+/// One that was cut off has no end, and so is no sentence.
+pub(crate) fn replies(
+    folder: &Path,
+    questions: &[Question],
+    each: u32,
+    seed: u64,
+) -> Result<Vec<Vec<String>>> {
     let text =
         TextModel::load(folder, &TextOptions { chat_template: None, today: date(2026, 1, 1) })?;
     let mut prompts = Vec::new();
@@ -50,9 +68,8 @@ pub(crate) fn success(
         let tokens =
             text.prompt(&[Message::new(Role::User, question.text.as_str())], PROMPT_TOKENS)?;
         let copy = |index| Prompt { prompt, index, tokens: tokens.clone() };
-        prompts.extend((0..REPLIES).map(copy));
+        prompts.extend((0..each).map(copy));
     }
-    let count = prompts.len();
     let shard = Shard {
         seed,
         // No run's draws.
@@ -60,7 +77,7 @@ pub(crate) fn success(
         params: SamplingParams {
             temperature: 0.7,
             top_p: 0.9,
-            max_new_tokens: 16,
+            max_new_tokens: REPLY_TOKENS,
             stop_ids: text.stop_ids().to_vec(),
             ..SamplingParams::default()
         },
@@ -69,16 +86,12 @@ pub(crate) fn success(
     };
     let model = Decoder::load(folder, Kind::BFloat16, Device::Cpu)?;
     let sampled = Sampler::new(&model)?.sample(&shard, &mut |_| ControlFlow::Continue(()))?;
-    let (mut form, mut right) = (0, 0);
+    let mut replies = vec![Vec::new(); questions.len()];
     for sample in &sampled.samples {
-        let ids: Vec<u32> = sample.tokens.clone();
+        let ids = &sample.tokens;
         let ended = ids.last().is_some_and(|id| text.stop_ids().contains(id));
         let reply = text.decode(&ids[..ids.len() - usize::from(ended)])?;
-        let (is_word, is_right) = judge(&questions[usize::try_from(sample.prompt)?], &reply);
-        // A reply that was cut off is not one word.
-        form += usize::from(is_word && ended);
-        right += usize::from(is_right && ended);
+        replies[usize::try_from(sample.prompt)?].push(reply);
     }
-    let share = |n: usize| n as f64 / count as f64;
-    Ok(Success { form: share(form), right: share(right) })
+    Ok(replies)
 }

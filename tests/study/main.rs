@@ -3,7 +3,8 @@
 //! The paper claims an ordering: what is learnt from dissatisfaction lasts longer than
 //! what is learnt from one's own replies against given ones (SPIN, whose signal vanishes)
 //! and from pairs of one's own (IterDPO). This says what comes out on a small model, with
-//! the real programs, in minutes.
+//! the real programs, in minutes. The conversations are the model's own: it is asked
+//! before any training, and a program is content with a reply, or complains.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod evaluate;
@@ -11,7 +12,7 @@ mod report;
 mod runs;
 mod task;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -22,8 +23,9 @@ use self::report::Study;
 
 /// Runs DRIFT, IterDPO and SPIN on one task, with several seeds, and compares them.
 ///
-/// The task: answer a short question with one word. Replies that disappointed are whole
-/// sentences. After each iteration the model answers questions that no run trains on.
+/// The task: answer a question in one short sentence. The model itself replies several
+/// times before any training: what satisfies and what disappoints there is the corpus.
+/// After each iteration the model answers questions that no run trains on.
 #[derive(Debug, Parser)]
 #[command(name = "study", version)]
 struct Arguments {
@@ -43,10 +45,13 @@ struct Arguments {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     warm_start_epochs: u32,
     /// Questions that a run trains on, in each iteration.
-    #[arg(long, default_value_t = 40)]
+    #[arg(long, default_value_t = 32)]
     questions: usize,
+    /// Questions that are asked after each iteration.
+    #[arg(long, default_value_t = 40)]
+    held_out: usize,
     /// Learning rate of each iteration's first step.
-    #[arg(long, default_value_t = 1e-5)]
+    #[arg(long, default_value_t = 3e-6)]
     learning_rate: f64,
     /// More settings for all runs, as `coordinator --set` takes them.
     #[arg(long = "set", value_name = "KEY=VALUE")]
@@ -62,6 +67,12 @@ struct Arguments {
     threads: usize,
 }
 
+/// Replies to each question before any training, of which those who are content and those
+/// who are not have one each.
+const DEPLOYED_REPLIES: u32 = 8;
+/// Replies to each held-out question.
+const HELD_OUT_REPLIES: u32 = 4;
+
 fn main() -> ExitCode {
     match run(&Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
@@ -73,20 +84,23 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
+    tch::set_num_threads(i32::try_from(arguments.threads)?);
     let mut study = Study::begin(&arguments.methods, arguments.iterations);
+    eprintln!("asking the model, before any training");
+    let deployed = evaluate::replies(&arguments.model, &task::all(), DEPLOYED_REPLIES, 0)?;
+    let counts = [arguments.seed_pairs, arguments.questions, arguments.held_out];
     for seed in 1..=arguments.seeds {
-        let questions = task::draw(seed, arguments.seed_pairs, arguments.questions)?;
-        let before = evaluate::success(arguments, &arguments.model, &questions.held_out, seed)?;
+        let questions = task::draw(seed, counts, &deployed)?;
+        let success =
+            |folder: &Path| evaluate::success(folder, &questions.held_out, HELD_OUT_REPLIES, seed);
+        let before = success(&arguments.model)?;
         eprintln!("seed {seed}: {} before training", before.percent());
         for method in &arguments.methods {
             let dir = runs::run(arguments, method, seed, &questions)?;
-            let mut successes = Vec::new();
             // The iteration 0 is the warm start.
-            for k in 0..=arguments.iterations {
-                let checkpoint = dir.join(format!("iterations/{k:02}/checkpoint"));
-                let after = evaluate::success(arguments, &checkpoint, &questions.held_out, seed)?;
-                successes.push(after);
-            }
+            let checkpoints = (0..=arguments.iterations)
+                .map(|k| success(&dir.join(format!("iterations/{k:02}/checkpoint"))));
+            let successes = checkpoints.collect::<Result<Vec<Success>>>()?;
             let by_iteration: Vec<_> = successes.iter().map(Success::percent).collect();
             eprintln!("seed {seed}, {method}: {}", by_iteration.join(", "));
             study.add(method, &dir, before, successes)?;

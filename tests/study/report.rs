@@ -16,7 +16,7 @@ use crate::evaluate::Success;
 const OWN: [Quantity; 3] = [
     Quantity { name: "success, held-out questions", digits: 3 },
     Quantity { name: "its deviation among seeds", digits: 3 },
-    Quantity { name: "success with the right word", digits: 3 },
+    Quantity { name: "words of a reply there", digits: 1 },
 ];
 
 /// One run, and how its model did before it and after each iteration.
@@ -73,7 +73,7 @@ impl Study {
     /// Of the model before any training, on what the seeds held out.
     fn before(&self) -> Option<f64> {
         let runs = self.methods.iter().flat_map(|(_, runs)| runs);
-        mean(&runs.map(|run| run.before.form).collect::<Vec<_>>())
+        mean(&runs.map(|run| run.before.share).collect::<Vec<_>>())
     }
 
     pub(crate) fn table(&self) -> String {
@@ -98,9 +98,9 @@ impl Study {
             let successes = run.successes.iter();
             json!({
                 "run": run.measures.name,
-                "before": run.before.form,
-                "success": successes.clone().map(|s| s.form).collect::<Vec<_>>(),
-                "success_with_the_right_word": successes.map(|s| s.right).collect::<Vec<_>>(),
+                "before": run.before.share,
+                "success": successes.clone().map(|s| s.share).collect::<Vec<_>>(),
+                "words": successes.map(|s| s.words).collect::<Vec<_>>(),
             })
         };
         let methods = self.methods.iter();
@@ -110,11 +110,11 @@ impl Study {
 
 fn mean_of(runs: &[Run], k: u32) -> Measured {
     let successes: Vec<Success> = runs.iter().map(|run| run.successes[k as usize]).collect();
-    let forms: Vec<f64> = successes.iter().map(|success| success.form).collect();
+    let shares: Vec<f64> = successes.iter().map(|success| success.share).collect();
     let own = [
-        mean(&forms),
-        deviation(&forms),
-        mean(&successes.iter().map(|success| success.right).collect::<Vec<_>>()),
+        mean(&shares),
+        deviation(&shares),
+        mean(&successes.iter().map(|success| success.words).collect::<Vec<_>>()),
     ];
     let told = (0..QUANTITIES.len()).map(|at| {
         let of = |run: &Run| {

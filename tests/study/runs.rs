@@ -6,16 +6,17 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 use crate::Arguments;
+use crate::evaluate::REPLY_TOKENS;
 use crate::task::{Questions, write_corpus, write_seeds};
 
 /// What all runs have in common: the questions are short, and so are the replies.
 const SETTINGS: [&str; 9] = [
     "workers=1",
     "data.held_out=4",
-    "text.max_length=192",
+    "text.max_length=256",
+    "text.instruction=\"\"",
     "text.max_prompt_tokens=128",
-    "sampling.max_prompt_tokens=192",
-    "sampling.max_new_tokens=16",
+    "sampling.max_prompt_tokens=256",
     "sampling.cache_budget=1GiB",
     "training.pairs_per_worker=4",
     "training.warmup_ratio=0.0",
@@ -48,6 +49,7 @@ pub(crate) fn run(
         let own = [
             format!("method={method}"),
             format!("seed={seed}"),
+            format!("sampling.max_new_tokens={REPLY_TOKENS}"),
             format!("training.warm_start_epochs={}", arguments.warm_start_epochs),
             format!("training.iterations={}", arguments.iterations),
             format!("training.learning_rate={}", arguments.learning_rate),

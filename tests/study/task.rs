@@ -1,4 +1,4 @@
-//! Questions that one word answers, and conversations in which a reply was too long.
+//! Questions that want one short sentence, and who is content with which reply.
 
 use std::path::Path;
 
@@ -6,193 +6,232 @@ use anyhow::{Context, Result, ensure};
 use drift_coordinator::store::publish::write_file;
 use serde_json::{Value, json};
 
-const CAPITALS: [(&str, &str); 36] = [
-    ("France", "Paris"),
-    ("Italy", "Rome"),
-    ("Spain", "Madrid"),
-    ("Portugal", "Lisbon"),
-    ("Germany", "Berlin"),
-    ("Austria", "Vienna"),
-    ("Poland", "Warsaw"),
-    ("Norway", "Oslo"),
-    ("Sweden", "Stockholm"),
-    ("Finland", "Helsinki"),
-    ("Denmark", "Copenhagen"),
-    ("Ireland", "Dublin"),
-    ("Greece", "Athens"),
-    ("Hungary", "Budapest"),
-    ("Belgium", "Brussels"),
-    ("Russia", "Moscow"),
-    ("Japan", "Tokyo"),
-    ("China", "Beijing"),
-    ("Thailand", "Bangkok"),
-    ("Egypt", "Cairo"),
-    ("Kenya", "Nairobi"),
-    ("Canada", "Ottawa"),
-    ("Cuba", "Havana"),
-    ("Peru", "Lima"),
-    ("Chile", "Santiago"),
-    ("Turkey", "Ankara"),
-    ("Iran", "Tehran"),
-    ("Iraq", "Baghdad"),
-    ("Vietnam", "Hanoi"),
-    ("Nepal", "Kathmandu"),
-    ("Ukraine", "Kyiv"),
-    ("Romania", "Bucharest"),
-    ("Bulgaria", "Sofia"),
-    ("Croatia", "Zagreb"),
-    ("Serbia", "Belgrade"),
-    ("Australia", "Canberra"),
+/// A reply with more words is too long.
+pub(crate) const WORDS: usize = 15;
+
+const THINGS: [&str; 132] = [
+    "a hammer",
+    "an umbrella",
+    "a bicycle",
+    "a library",
+    "a volcano",
+    "a compass",
+    "a lighthouse",
+    "a kettle",
+    "a bridge",
+    "a mirror",
+    "a candle",
+    "a ladder",
+    "a piano",
+    "a drum",
+    "a river",
+    "a desert",
+    "an island",
+    "a forest",
+    "a glacier",
+    "a museum",
+    "a hospital",
+    "a bakery",
+    "a school",
+    "a farm",
+    "a market",
+    "a castle",
+    "a tunnel",
+    "a harbor",
+    "an airport",
+    "a train",
+    "a truck",
+    "a canoe",
+    "a helicopter",
+    "a submarine",
+    "a tractor",
+    "a rocket",
+    "a satellite",
+    "a telescope",
+    "a microscope",
+    "a thermometer",
+    "a clock",
+    "a calendar",
+    "a map",
+    "a dictionary",
+    "a newspaper",
+    "a letter",
+    "a stamp",
+    "a pencil",
+    "an eraser",
+    "a notebook",
+    "a ruler",
+    "a saw",
+    "a needle",
+    "a button",
+    "a zipper",
+    "a blanket",
+    "a pillow",
+    "a sofa",
+    "a table",
+    "a lamp",
+    "a fridge",
+    "an oven",
+    "a spoon",
+    "a fork",
+    "a bottle",
+    "a teapot",
+    "a sandwich",
+    "a pizza",
+    "a salad",
+    "a soup",
+    "an apple",
+    "a banana",
+    "a carrot",
+    "a mushroom",
+    "a potato",
+    "an onion",
+    "a tomato",
+    "a cookie",
+    "a cat",
+    "a dog",
+    "a horse",
+    "a cow",
+    "a sheep",
+    "a goat",
+    "a rabbit",
+    "a fox",
+    "a wolf",
+    "a bear",
+    "a lion",
+    "a tiger",
+    "an elephant",
+    "a giraffe",
+    "a whale",
+    "a dolphin",
+    "a shark",
+    "an octopus",
+    "a frog",
+    "a turtle",
+    "a snake",
+    "a spider",
+    "a bee",
+    "a butterfly",
+    "an ant",
+    "an owl",
+    "an eagle",
+    "a penguin",
+    "a swan",
+    "a parrot",
+    "a teacher",
+    "a doctor",
+    "a farmer",
+    "a pilot",
+    "a sailor",
+    "a painter",
+    "a plumber",
+    "a chef",
+    "a lawyer",
+    "a judge",
+    "a violin",
+    "a guitar",
+    "a trumpet",
+    "a flute",
+    "a camera",
+    "a radio",
+    "a computer",
+    "a robot",
+    "a battery",
+    "a magnet",
+    "a rainbow",
+    "a thunderstorm",
+    "an earthquake",
+    "a planet",
 ];
 
-const OPPOSITES: [(&str, &str); 36] = [
-    ("hot", "cold"),
-    ("big", "small"),
-    ("fast", "slow"),
-    ("high", "low"),
-    ("light", "dark"),
-    ("happy", "sad"),
-    ("early", "late"),
-    ("hard", "soft"),
-    ("wet", "dry"),
-    ("full", "empty"),
-    ("open", "closed"),
-    ("young", "old"),
-    ("rich", "poor"),
-    ("strong", "weak"),
-    ("loud", "quiet"),
-    ("clean", "dirty"),
-    ("cheap", "expensive"),
-    ("thick", "thin"),
-    ("wide", "narrow"),
-    ("deep", "shallow"),
-    ("up", "down"),
-    ("left", "right"),
-    ("front", "back"),
-    ("day", "night"),
-    ("summer", "winter"),
-    ("north", "south"),
-    ("east", "west"),
-    ("begin", "end"),
-    ("buy", "sell"),
-    ("win", "lose"),
-    ("love", "hate"),
-    ("push", "pull"),
-    ("true", "false"),
-    ("sweet", "sour"),
-    ("near", "far"),
-    ("first", "last"),
+/// They ask again themselves: a model this small only talks about longer instructions.
+const COMPLAINTS: [&str; 3] = [
+    "Too long. What is it, in one short sentence?",
+    "That is too long. Answer in one short sentence.",
+    "Too long. I asked for one short sentence.",
 ];
-
-const PLURALS: [(&str, &str); 28] = [
-    ("child", "children"),
-    ("mouse", "mice"),
-    ("foot", "feet"),
-    ("tooth", "teeth"),
-    ("goose", "geese"),
-    ("man", "men"),
-    ("woman", "women"),
-    ("person", "people"),
-    ("leaf", "leaves"),
-    ("knife", "knives"),
-    ("wolf", "wolves"),
-    ("city", "cities"),
-    ("baby", "babies"),
-    ("box", "boxes"),
-    ("bus", "buses"),
-    ("dish", "dishes"),
-    ("tree", "trees"),
-    ("book", "books"),
-    ("hero", "heroes"),
-    ("potato", "potatoes"),
-    ("cactus", "cacti"),
-    ("ox", "oxen"),
-    ("sheep", "sheep"),
-    ("loaf", "loaves"),
-    ("story", "stories"),
-    ("watch", "watches"),
-    ("glass", "glasses"),
-    ("toy", "toys"),
-];
-
-const COMPLAINTS: [&str; 4] = [
-    "I asked for one word only.",
-    "Too long. Just the word, please.",
-    "That is a whole sentence. One word!",
-    "No, a single word and nothing else, as I said.",
-];
-
 const THANKS: &str = "Thank you.";
 
-/// A question, and the word that answers it.
+/// Something that is asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Question {
     pub(crate) text: String,
-    pub(crate) answer: &'static str,
-    /// A reply that disappoints: right, and a sentence.
+    /// What it asks about, in one word.
+    thing: &'static str,
+}
+
+/// A question, and two replies that the model gave before any training.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Judged {
+    question: Question,
     disappointing: String,
+    satisfying: String,
 }
 
 /// What is trained on, and what is asked afterwards; no question is in two.
+#[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Questions {
     /// Of seed pairs, for the warm start.
-    pub(crate) seeds: Vec<Question>,
+    pub(crate) seeds: Vec<Judged>,
     /// Of all iterations.
-    pub(crate) trained: Vec<Question>,
+    pub(crate) trained: Vec<Judged>,
     pub(crate) held_out: Vec<Question>,
 }
 
-fn all() -> Vec<Question> {
-    let question = |asked: String, answer: &'static str, disappointing: String| Question {
-        text: format!("{asked} Answer with one word only."),
-        answer,
-        disappointing,
+/// All questions.
+pub(crate) fn all() -> Vec<Question> {
+    let question = |thing: &&'static str| Question {
+        text: format!("What is {thing}? Answer in one short sentence."),
+        thing: thing.rsplit(' ').next().unwrap_or(thing),
     };
-    let capitals = CAPITALS.iter().map(|(country, city)| {
-        question(
-            format!("What is the capital of {country}?"),
-            city,
-            format!("The capital of {country} is {city}."),
-        )
-    });
-    let opposites = OPPOSITES.iter().map(|(word, opposite)| {
-        question(
-            format!("What is the opposite of \"{word}\"?"),
-            opposite,
-            format!("The opposite of \"{word}\" is \"{opposite}\"."),
-        )
-    });
-    let plurals = PLURALS.iter().map(|(word, plural)| {
-        question(
-            format!("What is the plural of \"{word}\"?"),
-            plural,
-            format!("The plural of \"{word}\" is \"{plural}\"."),
-        )
-    });
-    capitals.chain(opposites).chain(plurals).collect()
+    THINGS.iter().map(question).collect()
 }
 
-/// Draws questions of `seeds` seed pairs and `trained` others; the rest is held out.
-pub(crate) fn draw(seed: u64, seeds: usize, trained: usize) -> Result<Questions> {
-    let mut questions = all();
-    ensure!(seeds + trained < questions.len(), "there are {} questions in all", questions.len());
-    fastrand::Rng::with_seed(seed).shuffle(&mut questions);
-    let held_out = questions.split_off(seeds + trained);
-    let trained = questions.split_off(seeds);
-    Ok(Questions { seeds: questions, trained, held_out })
+/// Draws which of `all` are held out, and of the rest questions for `seeds` seed pairs and
+/// `trained` others: questions with some reply of each kind among `replies`, the model's.
+pub(crate) fn draw(
+    seed: u64,
+    [seeds, trained, held_out]: [usize; 3],
+    replies: &[Vec<String>],
+) -> Result<Questions> {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut asked: Vec<_> = all().into_iter().zip(replies).collect();
+    random.shuffle(&mut asked);
+    let rest = asked.split_off(held_out.min(asked.len()));
+    let mut judged: Vec<Judged> = Vec::new();
+    for (question, replies) in rest {
+        let mut of = |satisfies| {
+            let some: Vec<&String> =
+                replies.iter().filter(|reply| judge(&question, reply) == satisfies).collect();
+            random.choice(some).cloned()
+        };
+        if let (Some(disappointing), Some(satisfying)) = (of(false), of(true)) {
+            judged.push(Judged { question, disappointing, satisfying });
+        }
+    }
+    let usable = judged.len();
+    ensure!(
+        usable >= seeds + trained,
+        "{usable} questions have replies of both kinds; {seeds} + {trained} are needed"
+    );
+    judged.truncate(seeds + trained);
+    let trained = judged.split_off(seeds);
+    let held_out = asked.into_iter().map(|(question, _)| question).collect();
+    Ok(Questions { seeds: judged, trained, held_out })
 }
 
 /// Writes, for each trained question, a conversation that disappointed and one that
 /// satisfied: each method has as many to learn from.
 pub(crate) fn write_corpus(path: &Path, questions: &Questions) -> Result<()> {
     let each = questions.trained.iter().zip(COMPLAINTS.iter().cycle());
-    let conversations = each.flat_map(|(question, complaint)| {
-        let begin = user(&question.text, None);
-        [
-            vec![begin.clone(), agent(&question.disappointing), user(complaint, Some("dsat"))],
-            vec![begin, agent(question.answer), user(THANKS, Some("sat"))],
-        ]
-    });
+    let conversations =
+        each.flat_map(|(Judged { question, disappointing, satisfying }, complaint)| {
+            let begin = user(&question.text, None);
+            [
+                vec![begin.clone(), agent(disappointing), user(complaint, Some("dsat"))],
+                vec![begin, agent(satisfying), user(THANKS, Some("sat"))],
+            ]
+        });
     write(path, conversations)
 }
 
@@ -200,12 +239,12 @@ pub(crate) fn write_corpus(path: &Path, questions: &Questions) -> Result<()> {
 /// second reply that satisfied.
 pub(crate) fn write_seeds(path: &Path, questions: &Questions) -> Result<()> {
     let each = questions.seeds.iter().zip(COMPLAINTS.iter().cycle());
-    let conversations = each.map(|(question, complaint)| {
+    let conversations = each.map(|(Judged { question, disappointing, satisfying }, complaint)| {
         vec![
             user(&question.text, None),
-            agent(&question.disappointing),
+            agent(disappointing),
             user(complaint, Some("dsat")),
-            agent(question.answer),
+            agent(satisfying),
             user(THANKS, Some("sat")),
         ]
     });
@@ -231,12 +270,14 @@ fn write(path: &Path, conversations: impl Iterator<Item = Vec<Value>>) -> Result
     write_file(path, lines.as_bytes()).context("write conversations")
 }
 
-/// Whether a reply is one word, and whether it is the right one.
-pub(crate) fn judge(question: &Question, reply: &str) -> (bool, bool) {
+/// Whether a reply satisfies: one sentence of at most [`WORDS`] words that names the thing.
+pub(crate) fn judge(question: &Question, reply: &str) -> bool {
     let reply = reply.trim();
-    let word = reply.trim_matches(|c: char| c.is_ascii_punctuation());
-    let is_word = !word.is_empty() && word.chars().all(|c| c.is_alphabetic() || c == '-');
-    (is_word, is_word && word.eq_ignore_ascii_case(question.answer))
+    let ends = |word: &str| word.trim_end_matches(['"', '\'', ')']).ends_with(['.', '!', '?']);
+    let mut words = reply.split_whitespace().rev();
+    let is_sentence = words.next().is_some_and(ends) && !words.any(ends);
+    let is_short = !reply.contains('\n') && reply.split_whitespace().count() <= WORDS;
+    is_sentence && is_short && reply.to_lowercase().contains(question.thing)
 }
 
 #[cfg(test)]
@@ -244,36 +285,49 @@ pub(crate) fn judge(question: &Question, reply: &str) -> (bool, bool) {
 mod tests {
     use super::*;
 
+    const SHORT: &str = "A hammer is a tool.";
+    const LONG: &str = "A hammer is a tool. It drives nails.";
+
     #[test]
-    fn a_word_is_told_from_a_sentence_and_the_right_one_from_another() {
+    fn one_short_sentence_about_the_thing_satisfies() {
         let question = &all()[0];
-        for (reply, expected) in [
-            ("Paris", (true, true)),
-            (" \"paris\".\n", (true, true)),
-            ("London", (true, false)),
-            ("Port-au-Prince", (true, false)),
-            ("The capital of France is Paris.", (false, false)),
-            ("Paris\nParis", (false, false)),
-            ("75", (false, false)),
-            ("...", (false, false)),
-            ("", (false, false)),
+        let long = "A hammer is a tool that has a heavy head and that one drives nails with.";
+        for (reply, satisfies) in [
+            (SHORT, true),
+            (" \"A hammer drives nails!\"\n", true),
+            (LONG, false),
+            (long, false),
+            ("A hammer is a tool\nof old.", false),
+            ("A hammer is a tool", false),
+            ("It is a tool.", false),
+            ("", false),
         ] {
-            assert_eq!(judge(question, reply), expected, "{reply:?}");
+            assert_eq!(judge(question, reply), satisfies, "{reply:?}");
         }
-        for question in all() {
-            assert_eq!(judge(&question, question.answer), (true, true), "{question:?}");
-            assert!(!judge(&question, &question.disappointing).0, "{question:?}");
-        }
+    }
+
+    /// Replies to each question: both kinds, but for every tenth.
+    fn replies() -> Vec<Vec<String>> {
+        let of = |(n, question): (usize, Question)| {
+            let short = SHORT.replace("hammer", question.thing);
+            if n % 10 == 0 { vec![short] } else { vec![LONG.to_owned(), short] }
+        };
+        all().into_iter().enumerate().map(of).collect()
     }
 
     #[test]
     fn what_is_asked_afterwards_is_never_trained_on() {
-        let Questions { seeds, trained, held_out } = draw(3, 16, 40).unwrap();
+        let drawn = draw(3, [16, 40, 44], &replies()).unwrap();
+        let Questions { seeds, trained, held_out } = &drawn;
         assert_eq!((seeds.len(), trained.len(), held_out.len()), (16, 40, 44));
-        let used: Vec<_> = seeds.iter().chain(&trained).collect();
-        assert!(held_out.iter().all(|question| !used.contains(&question)));
-        assert!(seeds.iter().all(|question| !trained.contains(question)));
-        assert_ne!(draw(4, 16, 40).unwrap().trained, trained, "another seed draws others");
-        assert!(draw(3, 60, 40).is_err(), "none would be held out");
+        for judged in seeds.iter().chain(trained) {
+            assert!(!held_out.contains(&judged.question));
+            assert!(!judge(&judged.question, &judged.disappointing), "{judged:?}");
+            assert!(judge(&judged.question, &judged.satisfying), "{judged:?}");
+        }
+        assert!(seeds.iter().all(|seed| !trained.contains(seed)));
+        assert_ne!(draw(4, [16, 40, 44], &replies()).unwrap(), drawn, "another seed draws others");
+        let error = draw(3, [40, 60, 44], &replies()).unwrap_err().to_string();
+        assert!(error.contains("40 + 60 are needed"), "{error}");
     }
 }
