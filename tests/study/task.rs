@@ -7,142 +7,25 @@ use drift_coordinator::store::publish::write_file;
 use serde_json::{Value, json};
 
 /// A reply with more words is too long.
-pub(crate) const WORDS: usize = 15;
+const WORDS: usize = 15;
 
-const THINGS: [&str; 132] = [
-    "a hammer",
-    "an umbrella",
-    "a bicycle",
-    "a library",
-    "a volcano",
-    "a compass",
-    "a lighthouse",
-    "a kettle",
-    "a bridge",
-    "a mirror",
-    "a candle",
-    "a ladder",
-    "a piano",
-    "a drum",
-    "a river",
-    "a desert",
-    "an island",
-    "a forest",
-    "a glacier",
-    "a museum",
-    "a hospital",
-    "a bakery",
-    "a school",
-    "a farm",
-    "a market",
-    "a castle",
-    "a tunnel",
-    "a harbor",
-    "an airport",
-    "a train",
-    "a truck",
-    "a canoe",
-    "a helicopter",
-    "a submarine",
-    "a tractor",
-    "a rocket",
-    "a satellite",
-    "a telescope",
-    "a microscope",
-    "a thermometer",
-    "a clock",
-    "a calendar",
-    "a map",
-    "a dictionary",
-    "a newspaper",
-    "a letter",
-    "a stamp",
-    "a pencil",
-    "an eraser",
-    "a notebook",
-    "a ruler",
-    "a saw",
-    "a needle",
-    "a button",
-    "a zipper",
-    "a blanket",
-    "a pillow",
-    "a sofa",
-    "a table",
-    "a lamp",
-    "a fridge",
-    "an oven",
-    "a spoon",
-    "a fork",
-    "a bottle",
-    "a teapot",
-    "a sandwich",
-    "a pizza",
-    "a salad",
-    "a soup",
-    "an apple",
-    "a banana",
-    "a carrot",
-    "a mushroom",
-    "a potato",
-    "an onion",
-    "a tomato",
-    "a cookie",
-    "a cat",
-    "a dog",
-    "a horse",
-    "a cow",
-    "a sheep",
-    "a goat",
-    "a rabbit",
-    "a fox",
-    "a wolf",
-    "a bear",
-    "a lion",
-    "a tiger",
-    "an elephant",
-    "a giraffe",
-    "a whale",
-    "a dolphin",
-    "a shark",
-    "an octopus",
-    "a frog",
-    "a turtle",
-    "a snake",
-    "a spider",
-    "a bee",
-    "a butterfly",
-    "an ant",
-    "an owl",
-    "an eagle",
-    "a penguin",
-    "a swan",
-    "a parrot",
-    "a teacher",
-    "a doctor",
-    "a farmer",
-    "a pilot",
-    "a sailor",
-    "a painter",
-    "a plumber",
-    "a chef",
-    "a lawyer",
-    "a judge",
-    "a violin",
-    "a guitar",
-    "a trumpet",
-    "a flute",
-    "a camera",
-    "a radio",
-    "a computer",
-    "a robot",
-    "a battery",
-    "a magnet",
-    "a rainbow",
-    "a thunderstorm",
-    "an earthquake",
-    "a planet",
-];
+const THINGS: &str = "\
+    a hammer, an umbrella, a bicycle, a library, a volcano, a compass, a lighthouse, a kettle, \
+    a bridge, a mirror, a candle, a ladder, a piano, a drum, a river, a desert, an island, a \
+    forest, a glacier, a museum, a hospital, a bakery, a school, a farm, a market, a castle, a \
+    tunnel, a harbor, an airport, a train, a truck, a canoe, a helicopter, a submarine, a \
+    tractor, a rocket, a satellite, a telescope, a microscope, a thermometer, a clock, a \
+    calendar, a map, a dictionary, a newspaper, a letter, a stamp, a pencil, an eraser, a \
+    notebook, a ruler, a saw, a needle, a button, a zipper, a blanket, a pillow, a sofa, a \
+    table, a lamp, a fridge, an oven, a spoon, a fork, a bottle, a teapot, a sandwich, a \
+    pizza, a salad, a soup, an apple, a banana, a carrot, a mushroom, a potato, an onion, a \
+    tomato, a cookie, a cat, a dog, a horse, a cow, a sheep, a goat, a rabbit, a fox, a wolf, \
+    a bear, a lion, a tiger, an elephant, a giraffe, a whale, a dolphin, a shark, an octopus, \
+    a frog, a turtle, a snake, a spider, a bee, a butterfly, an ant, an owl, an eagle, a \
+    penguin, a swan, a parrot, a teacher, a doctor, a farmer, a pilot, a sailor, a painter, a \
+    plumber, a chef, a lawyer, a judge, a violin, a guitar, a trumpet, a flute, a camera, a \
+    radio, a computer, a robot, a battery, a magnet, a rainbow, a thunderstorm, an earthquake, \
+    a planet";
 
 /// They ask again themselves: a model this small only talks about longer instructions.
 const COMPLAINTS: [&str; 3] = [
@@ -180,11 +63,11 @@ pub(crate) struct Questions {
 
 /// All questions.
 pub(crate) fn all() -> Vec<Question> {
-    let question = |thing: &&'static str| Question {
+    let question = |thing: &'static str| Question {
         text: format!("What is {thing}? Answer in one short sentence."),
         thing: thing.rsplit(' ').next().unwrap_or(thing),
     };
-    THINGS.iter().map(question).collect()
+    THINGS.split(", ").map(question).collect()
 }
 
 /// Draws which of `all` are held out, and of the rest questions for `seeds` seed pairs and
