@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use drift_coordinator::domain::Iteration;
+use drift_coordinator::domain::{Iteration, Sample};
 use drift_coordinator::store::Journal;
 
 use crate::support::{
@@ -66,34 +66,39 @@ fn runs_end_with_the_same_bytes_killed_or_not() {
     assert_eq!(published(&killed), expected);
 }
 
+/// Replies drawn in the first iteration of a run. Without a warm start all sample from the
+/// model as it is: trained on another number of ranks, it would differ in its last bits.
+fn replies(run: &Path, model: &Path, workers: &str, settings: &[&str]) -> Vec<Sample> {
+    let mut command = small(run, workers, model);
+    let common = ["data.limit=24", "sampling.max_new_tokens=48", "training.warm_start_epochs=0"];
+    for setting in common.iter().chain(settings) {
+        command.args(["--set", setting]);
+    }
+    succeeds(command);
+    let (journal, _) = Journal::open(&run.join("journal.sqlite")).unwrap();
+    let samples = journal.samples(Iteration(1)).unwrap();
+    assert!(samples.len() >= 20, "{}", samples.len());
+    samples
+}
+
 /// What is drawn depends neither on who draws it nor on guesses: from the same weights,
-/// one, two and three workers, guessing or not, give the same replies in fp32.
+/// one, two and three workers, guessing or not, give the same replies in fp32; in bf16 as
+/// many workers do.
 #[test]
 fn replies_are_the_same_whoever_draws_them_and_with_guesses_or_without() {
     let folder = tempfile::tempdir().unwrap();
     let model = folder.path().join("model");
     small_model::write(&demo_model(), &model).unwrap();
-    let mut first = None;
-    for (workers, drafting) in [("1", true), ("2", true), ("3", true), ("2", false), ("3", false)] {
-        let run = folder.path().join(format!("{workers}-{drafting}"));
-        let mut command = small(&run, workers, &model);
-        let drafting = format!("sampling.drafting={drafting}");
-        // Without a warm start all sample from the model as it is: trained on another number of
-        // ranks, it would differ in its last bits.
-        for setting in [
-            &drafting,
-            "data.limit=24",
-            "training.dtype=f32",
-            "sampling.max_new_tokens=48",
-            "training.warm_start_epochs=0",
-        ] {
-            command.args(["--set", setting]);
-        }
-        succeeds(command);
-        let (journal, _) = Journal::open(&run.join("journal.sqlite")).unwrap();
-        let samples = journal.samples(Iteration(1)).unwrap();
-        assert!(samples.len() >= 20, "{}", samples.len());
-        let first = first.get_or_insert_with(|| samples.clone());
-        assert!(*first == samples, "{workers} workers, {drafting}");
+    let of = |dtype: &str, workers: &str, drafting: bool| {
+        let run = folder.path().join(format!("{dtype}-{workers}-{drafting}"));
+        let settings = [format!("training.dtype={dtype}"), format!("sampling.drafting={drafting}")];
+        replies(&run, &model, workers, &settings.each_ref().map(String::as_str))
+    };
+    let first = of("f32", "1", true);
+    for (workers, drafting) in [("2", true), ("3", true), ("2", false), ("3", false)] {
+        assert!(first == of("f32", workers, drafting), "{workers} workers, {drafting}");
+    }
+    for workers in ["1", "2", "3"] {
+        assert!(of("bf16", workers, true) == of("bf16", workers, false), "{workers} in bf16");
     }
 }

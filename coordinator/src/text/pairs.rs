@@ -110,6 +110,12 @@ pub fn build_pairs(
                 Ok(cut) => {
                     let held_out = held_out.contains(candidate.context);
                     counts.add(&cut, held_out);
+                    let replies = [(candidate.chosen, &chosen), (candidate.rejected, &rejected)];
+                    for (reply, Response { text, .. }) in replies {
+                        if let Reply::Drawn { sample, .. } = reply {
+                            counts.add_drawn(sample.finish, text);
+                        }
+                    }
                     rows.push(PairRow {
                         context: candidate.context.to_vec(),
                         chosen: chosen.text,

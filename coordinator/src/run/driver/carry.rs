@@ -309,6 +309,9 @@ impl Driver {
             let built = (|| {
                 let (rows, counts) = prepared.pairs(k, samples)?;
                 info!(iteration = k.0, "{counts}");
+                for concern in counts.concerns() {
+                    warn!(iteration = k.0, "{concern}");
+                }
                 let file = write_pairs(&path, &rows)?;
                 Ok((rows, counts, file))
             })();
