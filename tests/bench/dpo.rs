@@ -51,17 +51,19 @@ pub(crate) fn run(options: &DpoOptions) -> Result<()> {
 }
 
 fn measure(options: &DpoOptions, config: &ModelConfig, mix: Mix) -> Result<Measured> {
-    let pairs = mix.pairs(options.pairs, config.vocab_size);
+    let mut pairs = mix.pairs(options.warm_up * options.batch + options.pairs, config.vocab_size);
     let job = Job {
         model: options.model.clone(),
         threads: options.threads,
         dtype: options.dtype(),
         pairs: pairs.iter().map(Ids::from).collect(),
         batch: options.batch,
+        warm_up: options.warm_up,
         recipe: Recipe::default(),
         gradient_checkpointing: false,
         engine: options.engine.clone(),
     };
+    pairs.drain(..options.warm_up * options.batch);
     let checkpointing = Job { gradient_checkpointing: true, ..job.clone() };
     let rate = rate_job(options, &pairs);
     let mut measured = Measured {

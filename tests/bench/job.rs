@@ -21,6 +21,8 @@ pub(crate) struct Job {
     pub(crate) pairs: Vec<Ids>,
     /// Pairs of one optimiser step.
     pub(crate) batch: usize,
+    /// Steps that are not timed, on the first of the pairs.
+    pub(crate) warm_up: usize,
     pub(crate) recipe: Recipe,
     /// TRL's second mode; ours has `engine.recompute`.
     pub(crate) gradient_checkpointing: bool,
@@ -50,12 +52,13 @@ pub(crate) struct Recipe {
 /// What a run of either side measured.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Run {
-    /// Seconds from before the first step, reference scoring included, to after the last.
+    /// Seconds from before the first timed step, its reference scoring included, to after
+    /// the last.
     pub(crate) seconds: f64,
-    /// Seconds of these before the first step: ours scores all pairs first. TRL
+    /// Seconds of these before the steps: ours scores all timed pairs first. TRL
     /// scores within its steps.
     pub(crate) scoring_seconds: f64,
-    /// Seconds of each step.
+    /// Seconds of each timed step.
     pub(crate) step_seconds: Vec<f64>,
     /// Processor seconds outside the kernel, over all threads.
     pub(crate) user_seconds: f64,
@@ -63,9 +66,9 @@ pub(crate) struct Run {
     pub(crate) system_seconds: f64,
     /// The process's largest resident memory, from its start on.
     pub(crate) peak_bytes: u64,
-    /// Mean loss of each step.
+    /// Mean loss of each step, the warm-up's first.
     pub(crate) losses: Vec<f64>,
-    /// Mean log-probability of the chosen replies in each step, in nats.
+    /// Mean log-probability of the chosen replies in the same steps, in nats.
     pub(crate) logps_chosen: Vec<f64>,
     /// Of the libraries that the run used.
     pub(crate) versions: BTreeMap<String, String>,

@@ -28,8 +28,8 @@ pub(crate) enum Benchmark {
     ///
     /// Both sides get the same weights, the same token ids, the same batches and as
     /// many threads, and do all of an iteration's training work on the pairs:
-    /// reference log-probabilities and optimiser steps. Starting a process and loading
-    /// a model are not timed. Figures are medians over rounds; they are printed, and
+    /// reference log-probabilities and optimiser steps. Starting a process, loading
+    /// a model and the first step are not timed. Figures are medians over rounds; they are printed, and
     /// written to target/bench/dpo.json with every single run.
     Dpo(DpoOptions),
     /// Two workers with one thread each beside one worker with one thread.
@@ -71,13 +71,18 @@ pub(crate) struct DpoOptions {
     #[arg(long, default_value_t = 3, value_parser = positive)]
     pub(crate) rounds: usize,
 
-    /// Pairs of one run.
+    /// Pairs of one run that are timed.
     #[arg(long, default_value_t = 8, value_parser = positive)]
     pub(crate) pairs: usize,
 
     /// Pairs of one optimiser step.
     #[arg(long, default_value_t = 4, value_parser = positive)]
     pub(crate) batch: usize,
+
+    /// Steps ahead of these that are not timed, on either side: memory that a process has
+    /// never touched is given to it slowly, on a virtual machine most of all.
+    #[arg(long, default_value_t = 1, value_name = "STEPS")]
+    pub(crate) warm_up: usize,
 
     /// Threads of each side.
     #[arg(long, default_value_t = 2, value_parser = positive)]

@@ -19,20 +19,30 @@ pub(crate) fn run(job: &Job) -> Result<Run> {
     let mut trainer = Trainer::new(Decoder::load(&job.model, job.dtype.kind(), Device::Cpu)?);
     let mut pairs = token_pairs(&job.pairs);
 
-    let (user_before, system_before) = processor_seconds(Path::new("/proc/self"))?;
-    let start = Instant::now();
-    trainer.begin(recipe.settings(engine), None)?;
-    score(&trainer, &mut pairs, job.batch, engine.max_tokens)?;
-    let scoring_seconds = start.elapsed().as_secs_f64();
     let (mut step_seconds, mut losses, mut logps_chosen) = (Vec::new(), Vec::new(), Vec::new());
-    for (number, batch) in pairs.chunks(job.batch).enumerate() {
+    let mut train = |trainer: &mut Trainer, batch: &[TokenPair]| -> Result<f64> {
         let begun = Instant::now();
         let passes = passes(batch, job.batch, engine.max_tokens);
-        let step = train_step(number as u64, recipe.learning_rate, batch.len(), passes);
+        let step = train_step(losses.len() as u64, recipe.learning_rate, batch.len(), passes);
         let report = trainer.step(&step, None, &|| false)?;
-        step_seconds.push(begun.elapsed().as_secs_f64());
         losses.push(mean(&report, |pair| pair.loss));
         logps_chosen.push(mean(&report, |pair| pair.logp_chosen));
+        Ok(begun.elapsed().as_secs_f64())
+    };
+    // The reference is the model as it was loaded, in the warm-up's steps too.
+    trainer.begin(recipe.settings(engine), None)?;
+    let (warm_up, timed) = pairs.split_at_mut(job.warm_up * job.batch);
+    score(&trainer, warm_up, job.batch, engine.max_tokens)?;
+    for batch in warm_up.chunks(job.batch) {
+        train(&mut trainer, batch)?;
+    }
+
+    let (user_before, system_before) = processor_seconds(Path::new("/proc/self"))?;
+    let start = Instant::now();
+    score(&trainer, timed, job.batch, engine.max_tokens)?;
+    let scoring_seconds = start.elapsed().as_secs_f64();
+    for batch in timed.chunks(job.batch) {
+        step_seconds.push(train(&mut trainer, batch)?);
     }
     let seconds = start.elapsed().as_secs_f64();
     let (user, system) = processor_seconds(Path::new("/proc/self"))?;

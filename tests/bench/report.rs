@@ -43,6 +43,7 @@ impl Report {
             "threads": options.threads,
             "rounds": options.rounds,
             "batch": options.batch,
+            "warm_up": options.warm_up,
             "dtype": options.dtype(),
             "model": options.model.file_name().map(|name| name.to_string_lossy()),
             "recipe": Recipe::default(),

@@ -36,20 +36,27 @@ class TokenTrainer(DPOTrainer):
 
 
 class Clock(TrainerCallback):
-    """From when all is set up and the first batch is about to be collated, to the last step's end."""
+    """From when the first timed batch is about to be collated, to the last step's end."""
 
-    def __init__(self):
+    def __init__(self, warm_up):
+        self.warm_up = warm_up
+        self.step_seconds = []
+
+    def begin(self):
+        self.begun, self.times_begun = time.perf_counter(), os.times()
         self.step_seconds = []
 
     def on_train_begin(self, *_, **__):
-        self.begun, self.times_begun = time.perf_counter(), os.times()
+        self.begin()
 
     def on_step_begin(self, *_, **__):
         self.step_begun = time.perf_counter()
 
-    def on_step_end(self, *_, **__):
+    def on_step_end(self, _, state, *__, **___):
         self.ended, self.times_ended = time.perf_counter(), os.times()
         self.step_seconds.append(self.ended - self.step_begun)
+        if state.global_step == self.warm_up:
+            self.begin()
 
 
 def run(job):
@@ -63,7 +70,7 @@ def run(job):
     dataset = datasets.Dataset.from_list(
         [{f"{side}_ids": ids for side, ids in pair.items()} for pair in job["pairs"]]
     )
-    clock = Clock()
+    clock = Clock(job["warm_up"])
     with tempfile.TemporaryDirectory() as output:
         config = DPOConfig(
             output_dir=output,
@@ -96,7 +103,7 @@ def run(job):
         )
         trainer.train()
     steps = [entry for entry in trainer.state.log_history if "rewards/margins" in entry]
-    assert len(steps) == len(clock.step_seconds), trainer.state.log_history
+    assert len(steps) == job["warm_up"] + len(clock.step_seconds), trainer.state.log_history
     return {
         "seconds": clock.ended - clock.begun,
         "scoring_seconds": 0.0,
