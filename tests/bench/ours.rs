@@ -29,7 +29,6 @@ pub(crate) fn run(job: &Job) -> Result<Run> {
         logps_chosen.push(mean(&report, |pair| pair.logp_chosen));
         Ok(begun.elapsed().as_secs_f64())
     };
-    // The reference is the model as it was loaded, in the warm-up's steps too.
     trainer.begin(recipe.settings(engine), None)?;
     let (warm_up, timed) = pairs.split_at_mut(job.warm_up * job.batch);
     score(&trainer, warm_up, job.batch, engine.max_tokens)?;
@@ -37,6 +36,7 @@ pub(crate) fn run(job: &Job) -> Result<Run> {
         train(&mut trainer, batch)?;
     }
 
+    // An iteration of its own: the reference is the policy as the warm-up left it.
     let (user_before, system_before) = processor_seconds(Path::new("/proc/self"))?;
     let start = Instant::now();
     score(&trainer, timed, job.batch, engine.max_tokens)?;

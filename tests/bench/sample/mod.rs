@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use clap::ValueEnum;
 use drift_coordinator::config::{Base, Guidance, Layers};
 use drift_coordinator::run::driver::prepare;
+use drift_coordinator::text::DEFAULT_INSTRUCTION;
 use drift_worker::model::ModelConfig;
 
 use self::floor::Floor;
@@ -205,6 +206,8 @@ fn prompts(options: &SampleOptions, guidance: Guidance) -> Result<(Vec<Vec<u32>>
     let mut settings =
         Layers { base: Base::Demo, overrides: Vec::new(), ignore_environment: true }.load()?;
     settings.sampling.guidance = guidance;
+    // The recipe's, which the demo does without.
+    DEFAULT_INSTRUCTION.clone_into(&mut settings.text.instruction);
     // The date is in no prompt of the demo's, but must be one.
     settings.text.today = "2026-01-01".to_owned();
     let prepared = prepare(&settings, &options.model, None, &mut |_, _, _| {})?;
