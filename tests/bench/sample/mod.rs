@@ -124,7 +124,7 @@ pub(crate) fn run(options: &SampleOptions) -> Result<()> {
     let mut report = Report::new(options, dtype(options))?;
     for &setting in settings {
         let measured = measure(options, setting)?;
-        report.add(&measured, &measured.floor(&config))?;
+        report.add(&measured, &measured.floors(&config))?;
         // After each: a benchmark that is cut short has told what it knew.
         write(&options.output, &report.json())?;
     }
@@ -145,6 +145,8 @@ fn measure(options: &SampleOptions, setting: Setting) -> Result<Measured> {
     for round in 0..options.rounds {
         rates.push(start_ours("run-rate", &rate)?.answer::<Rate>()?.model_shapes);
         bandwidths.push(start_ours("run-bandwidth", &job)?.answer::<f64>()?);
+        // Other replies in each round: how long they are says much of what they cost.
+        let job = SampleJob { seed: job.seed + round as u64, ..job.clone() };
         for side in sides(options) {
             let run: SampleRun = side.start(&job)?.answer()?;
             let round = format!("{} {}/{}", setting.name(), round + 1, options.rounds);
@@ -228,10 +230,12 @@ fn told(run: &SampleRun) -> String {
 }
 
 impl Measured {
-    /// By the machine at its best, as far as it was seen: a conservative floor.
-    fn floor(&self, config: &ModelConfig) -> Floor {
+    /// Of each run of ours, by the machine at its best, as far as it was seen:
+    /// conservative floors.
+    fn floors(&self, config: &ModelConfig) -> Vec<Floor> {
         let best = |values: &[f64]| values.iter().copied().fold(0.0, f64::max);
-        let replies = self.runs[&Side::Ours].first().map_or(&[][..], |run| &run.lengths);
-        Floor::of(config, &self.job, replies, best(&self.rates), best(&self.bandwidths))
+        let (rate, bandwidth) = (best(&self.rates), best(&self.bandwidths));
+        let of = |run: &SampleRun| Floor::of(config, &self.job, &run.lengths, rate, bandwidth);
+        self.runs[&Side::Ours].iter().map(of).collect()
     }
 }

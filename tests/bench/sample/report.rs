@@ -43,15 +43,18 @@ impl Report {
         Ok(Self { head, settings, versions, rows, dtype })
     }
 
-    pub(super) fn add(&mut self, measured: &Measured, floor: &Floor) -> Result<()> {
+    /// `floors` are those of our runs.
+    pub(super) fn add(&mut self, measured: &Measured, floors: &[Floor]) -> Result<()> {
         let Measured { setting, job, runs, .. } = measured;
         let figures: BTreeMap<Side, Figures> =
             runs.iter().filter_map(|(&side, runs)| Some((side, Figures::of(runs)?))).collect();
         let ours = figures.get(&Side::Ours).context("ours was not run")?;
-        let of_floor = floor.seconds / ours.seconds;
+        let of_floor = floors.iter().zip(&runs[&Side::Ours]);
+        let of_floor = median(of_floor.map(|(floor, run)| floor.seconds / run.seconds))
+            .context("ours was not run")?;
         let mut described = json!({
             "fraction_of_floor": of_floor,
-            "floor": floor,
+            "floors": floors,
             "prompt_tokens": job.prompts.iter().map(Vec::len).sum::<usize>(),
         });
         for (side, theirs) in &figures {

@@ -50,6 +50,7 @@ pub(super) fn command(body: Down) -> Result<Command, String> {
                         max_rows: engine.max_rows,
                         cache_bytes: engine.cache_bytes,
                         drafting: engine.drafting,
+                        ..sample::SamplingEngine::default()
                     },
                     prompts: m
                         .prompts

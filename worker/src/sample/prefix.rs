@@ -2,10 +2,6 @@
 
 use std::ops::Range;
 
-/// Tokens that sharing a stretch must save to be worth a call of attention more in
-/// every layer of every step.
-const MIN_SAVED: usize = 256;
-
 /// A stretch of tokens with which several prompts go on behind what its parent holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Stretch {
@@ -26,13 +22,14 @@ pub(super) struct Prefixes {
 }
 
 impl Prefixes {
-    /// Of `prompts`, each with a token at least. A prompt's last token is never
-    /// shared: each row has one to compute, and its reply begins with what comes of it.
-    pub(super) fn of(prompts: &[&[u32]]) -> Self {
+    /// Of `prompts`, each with a token at least: stretches that save `least` tokens. A
+    /// prompt's last token is never shared: each row has one to compute, and its reply
+    /// begins with what comes of it.
+    pub(super) fn of(prompts: &[&[u32]], least: usize) -> Self {
         let mut order: Vec<usize> = (0..prompts.len()).collect();
         order.sort_by_key(|&at| prompts[at]);
         let mut prefixes = Self::none(prompts.len());
-        prefixes.share(prompts, &order, 0, None);
+        prefixes.share(prompts, least, &order, 0, None);
         prefixes
     }
 
@@ -43,7 +40,14 @@ impl Prefixes {
 
     /// Shares what all of `some`, in order of their tokens, have in common from token
     /// `from` on, and then what parts of them have beyond that.
-    fn share(&mut self, prompts: &[&[u32]], some: &[usize], from: usize, parent: Option<usize>) {
+    fn share(
+        &mut self,
+        prompts: &[&[u32]],
+        least: usize,
+        some: &[usize],
+        from: usize,
+        parent: Option<usize>,
+    ) {
         let (Some(&first), Some(&last)) = (some.first(), some.last()) else { return };
         if some.len() < 2 {
             return;
@@ -51,7 +55,7 @@ impl Prefixes {
         let common = common_prefix(prompts[first], prompts[last]);
         let shortest = some.iter().map(|&at| prompts[at].len()).min().unwrap_or(0);
         let end = common.min(shortest - 1);
-        let (from, parent) = if end.saturating_sub(from) * (some.len() - 1) >= MIN_SAVED {
+        let (from, parent) = if end.saturating_sub(from) * (some.len() - 1) >= least {
             let stretch = Some(self.stretches.len());
             self.stretches.push(Stretch { parent, tokens: from..end, prompt: first });
             for &at in some {
@@ -64,7 +68,7 @@ impl Prefixes {
         // Those that end here are alike in all; the others part by their next token.
         for group in some.chunk_by(|&a, &b| prompts[a].get(common) == prompts[b].get(common)) {
             if prompts[group[0]].len() > common {
-                self.share(prompts, group, from, parent);
+                self.share(prompts, least, group, from, parent);
             }
         }
     }
@@ -89,13 +93,15 @@ fn common_prefix(a: &[u32], b: &[u32]) -> usize {
 mod tests {
     use super::*;
 
+    const LEAST: usize = 256;
+
     /// `parts` after one another, each a token `length` times.
     fn prompt(parts: &[(u32, usize)]) -> Vec<u32> {
         parts.iter().flat_map(|&(token, length)| vec![token; length]).collect()
     }
 
     fn shared(prompts: &[Vec<u32>]) -> Prefixes {
-        Prefixes::of(&prompts.iter().map(Vec::as_slice).collect::<Vec<_>>())
+        Prefixes::of(&prompts.iter().map(Vec::as_slice).collect::<Vec<_>>(), LEAST)
     }
 
     #[test]
@@ -130,8 +136,8 @@ mod tests {
     fn what_saves_little_is_not_shared() {
         let pair =
             |length| shared(&[prompt(&[(1, length), (2, 3)]), prompt(&[(1, length), (3, 3)])]);
-        assert_eq!(pair(MIN_SAVED - 1).stretches, []);
-        assert_eq!(pair(MIN_SAVED).stretches.len(), 1);
+        assert_eq!(pair(LEAST - 1).stretches, []);
+        assert_eq!(pair(LEAST).stretches.len(), 1);
         // A short beginning of many prompts does.
         let many: Vec<_> = (0..60).map(|at| prompt(&[(1, 20), (2 + at, 3)])).collect();
         assert_eq!(shared(&many).stretches[0].tokens, 0..20);

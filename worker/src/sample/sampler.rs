@@ -86,7 +86,7 @@ impl Sampler {
     fn plan(&self, shard: &Shard, prompts: &[&[u32]]) -> (Prefixes, Division) {
         let bytes = bytes_per_token(&self.model.config, self.model.kind());
         let tokens = (shard.engine.cache_bytes / bytes as u64) as i64;
-        let prefixes = Prefixes::of(prompts);
+        let prefixes = Prefixes::of(prompts, shard.engine.least_shared);
         let shared: usize = prefixes.stretches.iter().map(|s| s.tokens.len()).sum();
         let (prefixes, shared) = if shared as i64 > tokens / 2 {
             (Prefixes::none(prompts.len()), 0)

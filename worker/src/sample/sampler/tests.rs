@@ -46,7 +46,8 @@ fn shard(lengths: &[usize], temperature: f64, stop_ids: &[u32]) -> Shard {
         ..SamplingParams::default()
     };
     let prompts = lengths.iter().enumerate().map(prompt).collect();
-    Shard { seed: 42, iteration: 1, params, engine: SamplingEngine::default(), prompts }
+    let engine = SamplingEngine { least_shared: 256, ..SamplingEngine::default() };
+    Shard { seed: 42, iteration: 1, params, engine, prompts }
 }
 
 fn sampled(model: &Decoder, shard: &Shard) -> Sampled {
