@@ -6,10 +6,10 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::diversity::{distinct, self_bleu, words};
 use crate::config::Settings;
 use crate::domain::{Iteration, PairRow, Side};
 use crate::store::{metrics, names, pairs::read_pairs};
+use crate::text::diversity::{distinct, self_bleu, words};
 
 /// Something that is compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

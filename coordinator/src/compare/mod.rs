@@ -3,13 +3,11 @@
 //! | file | owns |
 //! |---|---|
 //! | [`measure`](self) | one run's quantities, from its `metrics.jsonl` and `pairs.parquet` |
-//! | `diversity` | how much replies differ from each other |
 //! | [`table`] | all runs' quantities, for people |
 //! | [`plots`] | the same as lines, as SVG and PNG |
 //!
 //! Only files are read, so runs can be compared while they go on.
 
-mod diversity;
 mod measure;
 pub mod plots;
 pub mod table;

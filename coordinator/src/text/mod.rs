@@ -9,8 +9,10 @@
 //! | `held_out` | which prompts never train |
 //! | `stops` | where a sampled reply is cut because of what it says |
 //! | `reward` | what a reward model reads of a prompt and a reply |
+//! | `diversity` | how much replies differ from each other, and repeat themselves |
 //! | `pairs` | rows of preference pairs, cut to length; drops counted by reason |
 
+pub(crate) mod diversity;
 mod error;
 mod files;
 #[cfg(test)]

@@ -1,12 +1,13 @@
 //! What became of the candidates, told by reason.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 use super::CutPair;
 use crate::domain::FinishReason;
+use crate::text::diversity::{distinct, words};
 
 /// Words that are looked at together, where a reply may repeat itself.
 const RUN: usize = 3;
@@ -161,10 +162,7 @@ impl PairCounts {
 
 /// Whether many of a text's runs of words stood in it before.
 fn repeats_itself(text: &str) -> bool {
-    let words: Vec<String> = text.split_whitespace().map(str::to_lowercase).collect();
-    let runs = words.windows(RUN);
-    let (total, distinct) = (runs.len(), runs.collect::<HashSet<_>>().len());
-    total > 0 && (total - distinct) as f64 >= REPEATED * total as f64
+    distinct(&[words(text)], RUN).is_some_and(|share| 1.0 - share >= REPEATED)
 }
 
 #[cfg(test)]

@@ -11,12 +11,12 @@ const NO_MATCH: f64 = 0.1;
 const COMPARED: usize = 100;
 
 /// A reply in lower-case words.
-pub(super) fn words(text: &str) -> Vec<String> {
+pub(crate) fn words(text: &str) -> Vec<String> {
     text.split_whitespace().map(str::to_lowercase).collect()
 }
 
 /// Share of all n-grams that occur for the first time; none without n-grams.
-pub(super) fn distinct(replies: &[Vec<String>], n: usize) -> Option<f64> {
+pub(crate) fn distinct(replies: &[Vec<String>], n: usize) -> Option<f64> {
     let grams = || replies.iter().flat_map(|reply| reply.windows(n));
     let total = grams().count();
     (total > 0).then(|| grams().collect::<HashSet<_>>().len() as f64 / total as f64)
@@ -24,7 +24,7 @@ pub(super) fn distinct(replies: &[Vec<String>], n: usize) -> Option<f64> {
 
 /// Mean BLEU of replies, each with the others as references: 1 where all are the same.
 /// None for fewer than two that say something.
-pub(super) fn self_bleu(replies: &[Vec<String>]) -> Option<f64> {
+pub(crate) fn self_bleu(replies: &[Vec<String>]) -> Option<f64> {
     let said: Vec<&Vec<String>> = replies.iter().filter(|reply| !reply.is_empty()).collect();
     let step = said.len().div_ceil(COMPARED).max(1);
     let compared: Vec<Counted<'_>> = said.iter().step_by(step).map(|r| Counted::of(r)).collect();
