@@ -7,18 +7,15 @@ use tch::{Device, Kind};
 
 use crate::support::{coordinator, first_steps_are_ln_2, held_out_accuracy, python, succeeds};
 
-/// What `make demo` runs, with fewer complaints and epochs: from real complaints
-/// to a checkpoint that other programs load and that answers there as it does here.
+/// What `make demo` runs: from real complaints to a checkpoint that other programs load
+/// and that answers there as it does here. With less of it the few pairs that are held
+/// out say nothing: of three, which are preferred depends on the processor's rounding.
 #[test]
 fn demo_trains_a_model_that_transformers_loads() {
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");
     let began = std::time::Instant::now();
-    let mut command = coordinator(&["--workers", "2", "--run-dir", run.to_str().unwrap()]);
-    for setting in ["data.limit=16", "training.warm_start_epochs=1", "sampling.max_new_tokens=48"] {
-        command.args(["--set", setting]);
-    }
-    let ended = succeeds(command);
+    let ended = succeeds(coordinator(&["--workers", "2", "--run-dir", run.to_str().unwrap()]));
     let seconds = began.elapsed().as_secs();
     eprintln!("demo: {seconds} s\n{}", ended.stdout);
     assert!(ended.stdout.contains("held out"), "{}", ended.stdout);
