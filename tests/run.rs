@@ -22,7 +22,7 @@ fn public_dialogues_train_through_two_iterations() {
         command.args(["--model", demo_model().to_str().unwrap()]);
         command.args(["--corpus", corpus.to_str().unwrap(), "--seeds", seeds.to_str().unwrap()]);
         for setting in [
-            "data.limit=24",
+            "data.limit=64",
             "data.seed_limit=24",
             "text.max_length=192",
             "text.max_prompt_tokens=128",
@@ -39,7 +39,7 @@ fn public_dialogues_train_through_two_iterations() {
     for k in [1, 2] {
         let pairs = run.join(format!("iterations/{k:02}/pairs.parquet"));
         let rows = drift_coordinator::store::pairs::read_pairs(&pairs).unwrap();
-        assert!(rows.len() >= 20, "iteration {k}: {} of 24 samples made pairs", rows.len());
+        assert!(rows.len() >= 56, "iteration {k}: {} of 64 samples made pairs", rows.len());
         assert!(rows.iter().any(|row| row.held_out) && rows.iter().any(|row| !row.held_out));
     }
 }
