@@ -80,12 +80,13 @@ impl Fleet {
         for slot in 0..workers {
             let fleet = Arc::clone(self);
             tokio::spawn(async move {
-                let mut tries = 0;
+                let mut tries = TRIES;
                 loop {
                     match attend(&fleet, slot).await {
                         Ok(Ended::Lost) => tries = TRIES,
                         Ok(Ended::Dismissed) => return,
-                        // It came before the coordinator knew that its place is free.
+                        // All come in one moment, or it came before the coordinator knew
+                        // that its place is free.
                         Err(_) if tries > 0 => tries -= 1,
                         Err(error) => return fleet.tally.failed(format!("{error:#}")),
                     }

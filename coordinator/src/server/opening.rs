@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use drift_proto::{JOIN_DIR_ENV, JOIN_TOKEN_ENV, join};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio_rustls::TlsAcceptor;
 
 use super::door::JoinToken;
@@ -87,7 +87,7 @@ impl Opening {
     /// [`OpenError`].
     pub async fn make(launch: &LaunchSettings, folder: &Path) -> Result<Self, OpenError> {
         let listen = |cause| OpenError::Listen { listen: launch.listen.clone(), cause };
-        let listener = TcpListener::bind(&launch.listen).await.map_err(listen)?;
+        let listener = listen_on(&launch.listen).await.map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
         let token = JoinToken::generate().map_err(OpenError::Token)?;
         let has_tls = launch.tls == Tls::Always || !address.ip().to_canonical().is_loopback();
@@ -120,6 +120,33 @@ impl Opening {
         let tls = credentials.map(|credentials| TlsAcceptor::from(credentials.server));
         Ok(Self { listener, address, token, tls, way })
     }
+}
+
+/// Connections that the system keeps until they are taken in: as many as Linux lets any
+/// program have. All workers of a run come in one moment, and of those that find the queue
+/// full some are cut off.
+const BACKLOG: u32 = 4096;
+
+/// Listens on the first of `address`'s meanings that can be listened on.
+async fn listen_on(address: &str) -> std::io::Result<TcpListener> {
+    let mut failed = None;
+    for address in tokio::net::lookup_host(address).await? {
+        let listening = || {
+            let socket = match address {
+                SocketAddr::V4(_) => TcpSocket::new_v4()?,
+                SocketAddr::V6(_) => TcpSocket::new_v6()?,
+            };
+            // A port whose last connections linger is free for the next start.
+            socket.set_reuseaddr(true)?;
+            socket.bind(address)?;
+            socket.listen(BACKLOG)
+        };
+        match listening() {
+            Ok(listener) => return Ok(listener),
+            Err(error) => failed = Some(error),
+        }
+    }
+    Err(failed.unwrap_or_else(|| std::io::Error::other("the name has no address")))
 }
 
 /// Under which names the coordinator is found, and certified.
@@ -173,6 +200,20 @@ mod tests {
         assert_eq!(names("::", "10.1.2.3"), pair("10.1.2.3", "::1"));
         let all = Names::of("10.1.2.3".parse().unwrap(), "", "node7").all;
         assert_eq!(all, ["10.1.2.3", "node7", "localhost"]);
+    }
+
+    /// Nobody takes them in: they wait in the system's queue.
+    #[tokio::test]
+    async fn two_thousand_workers_may_come_before_the_first_is_taken_in() {
+        const WORKERS: usize = 2000;
+        super::super::limits::raise_open_files(2 * WORKERS as u32);
+        let listener = listen_on("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let coming = (0..WORKERS).map(|_| tokio::net::TcpStream::connect(address));
+        let came = coming.collect::<tokio::task::JoinSet<_>>().join_all();
+        let came = tokio::time::timeout(std::time::Duration::from_secs(10), came).await.unwrap();
+        let came: std::io::Result<Vec<_>> = came.into_iter().collect();
+        assert_eq!(came.unwrap().len(), WORKERS);
     }
 
     #[tokio::test]
