@@ -209,7 +209,8 @@ fn a_flood_of_strangers_costs_the_run_little() {
         let mut command = short(run, "2");
         command.args(["--set", "launch.threads=1", "--set", "launch.start=none"]);
         command.args(["--set", &format!("launch.listen={ip}:0"), "--set", "launch.tls=always"]);
-        command.args(["--set", "training.warm_start_epochs=100"]);
+        command.args(["--set", "training.warm_start_epochs=1000"]);
+        command.args(["--set", "training.pairs_per_worker=1"]);
         let program = Program::start(command, &path(log));
         program.says("wait for workers");
         program
@@ -229,20 +230,30 @@ fn a_flood_of_strangers_costs_the_run_little() {
         text.lines().filter(|line| line.contains("\"loss\"")).count()
     };
     eventually(60, "the first steps", || steps() > 4);
+    // From the end of a step to the end of another: there are not so many of them that a
+    // part of one would not count.
+    let next_step = || {
+        let before = steps();
+        eventually(60, "a step", || steps() > before);
+        (steps(), Instant::now())
+    };
     let period = Duration::from_secs(30);
     let measure = |what: &str, strangers: u32| {
-        let (first, cpu, began) = (steps(), coordinator.cpu_seconds(), Instant::now());
+        let (first, began) = next_step();
+        let cpu = coordinator.cpu_seconds();
         let came = if strangers == 0 {
             std::thread::sleep(period);
             0
         } else {
             callers::runtime().block_on(callers::flood(&join, &old, strangers, period))
         };
-        let seconds = began.elapsed().as_secs_f64();
-        let rate = (steps() - first) as f64 / seconds;
+        let (last, ended) = next_step();
+        let seconds = (ended - began).as_secs_f64();
+        let rate = (last - first) as f64 / seconds;
         let cpu = (coordinator.cpu_seconds() - cpu) / seconds;
         eprintln!(
-            "{what}: {rate:.3} steps/s, coordinator {:.2} % of a core, {came} strangers",
+            "{what}: {} steps, {rate:.3} a second, coordinator {:.2} % of a core, {came} strangers",
+            last - first,
             100.0 * cpu
         );
         rate
