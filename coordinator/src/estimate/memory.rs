@@ -113,8 +113,13 @@ fn sampling(shape: &Shape, work: &Work) -> Phase {
     let tokens = PROMPT_CHUNK + work.rows;
     let cache = work.cache.min(work.rows * work.row_tokens * shape.cached() * kind);
     let mut items = vec![("weights", work.weight * shape.parameters())];
+    if work.place != Place::Gpu {
+        // A copy (`worker/src/model/ops/packed.rs`), but for the embedding.
+        let embedding = if shape.tied { 0 } else { shape.table() };
+        items.push(("weights packed", kind * (shape.parameters() - embedding)));
+    }
     if widened {
-        items.push(("weights in fp32", 4 * shape.parameters()));
+        items.push(("embedding in fp32", kind * shape.table()));
     }
     items.extend([
         ("keys and values", cache),

@@ -7,7 +7,7 @@ use tch::{Device, Kind, TchError, Tensor};
 use super::block::Block;
 use super::checkpoint::{Checkpoint, Untouched};
 use super::layout::{Layout, Outer, Part, Slot};
-use super::ops::{RmsNorm, product_kind};
+use super::ops::{RmsNorm, pack, product_kind};
 use super::rope::{Rotary, Rotations};
 use super::{ModelConfig, ModelError};
 use crate::host;
@@ -158,22 +158,29 @@ impl Decoder {
         .unwrap()
     }
 
-    /// The same model, in the kind in which the device multiplies matrices: these very
-    /// weights where that is theirs, else widened copies.
+    /// The same model for many steps of few tokens: in the kind in which the device multiplies
+    /// matrices, and on a CPU with matrices packed. What needs neither is shared.
     pub(crate) fn for_products(&self) -> Result<Self, TchError> {
         let kind = product_kind(self.kind, self.device);
         let convert = |parameter: &Parameter| {
             let tensor = parameter.tensor.f_detach()?.f_to_kind(kind)?;
             Ok::<_, TchError>(Parameter { tensor, parts: parameter.parts.clone() })
         };
-        let blocks = self.blocks.iter().map(|block| block.try_map(convert));
+        let for_products = |parameter: &Parameter| {
+            let Parameter { tensor, parts } = convert(parameter)?;
+            let tensor = if tensor.dim() == 2 { pack(&tensor)? } else { tensor };
+            Ok::<_, TchError>(Parameter { tensor, parts })
+        };
+        let blocks = self.blocks.iter().map(|block| block.try_map(for_products));
+        let Outer { embedding, norm, head } = &self.outer;
         Ok(Self {
             config: self.config.clone(),
             blocks: blocks.collect::<Result<_, TchError>>()?,
             outer: Outer {
-                embedding: convert(&self.outer.embedding)?,
-                norm: convert(&self.outer.norm)?,
-                head: self.outer.head.as_ref().map(convert).transpose()?,
+                embedding: convert(embedding)?,
+                norm: convert(norm)?,
+                // Tokens are looked up in a tied one: it stays as it is there.
+                head: Some(for_products(head.as_ref().unwrap_or(embedding))?),
             },
             // It is computed with, and not saved.
             untouched: Vec::new(),

@@ -8,6 +8,7 @@ mod gated;
 mod linear;
 mod mask;
 mod norm;
+mod packed;
 mod product;
 
 pub use gated::Activation;
@@ -15,6 +16,7 @@ pub(crate) use linear::Linear;
 pub(crate) use mask::{aligned, causal_mask};
 pub use norm::NormScale;
 pub(crate) use norm::{NormGradients, RmsNorm};
+pub(crate) use packed::pack;
 pub use product::product_kind;
 pub(crate) use product::{multiply, operand, operands};
 

@@ -9,6 +9,8 @@ use std::sync::LazyLock;
 
 use tch::{Device, Kind, TchError, Tensor};
 
+use super::packed;
+
 /// Whether this processor multiplies bf16.
 static NATIVE_BF16: LazyLock<bool> = LazyLock::new(|| {
     #[cfg(target_arch = "x86_64")]
@@ -32,27 +34,16 @@ pub(crate) fn operand(x: &Tensor) -> Result<Tensor, TchError> {
     x.f_to_kind(product_kind(x.kind(), x.device()))
 }
 
-/// Rows up to which a CPU's product is faster the other way round.
-const FEW_ROWS: i64 = 16;
-
-/// `x` (`[rows, in]`) times `weight`ᵀ (`[out, in]`), plus `bias` (`[out]`): `[rows, out]`.
-///
-/// The libraries under libtorch read the weight at half their speed where `x` has a few rows
-/// and stands first: 4 rows take all of SmolLM2's blocks 76 ms in fp32, and as W xᵀ 37 ms;
-/// in bf16, with AMX, 17 and 13 ms.
+/// `x` (`[rows, in]`) times `weight`ᵀ (`[out, in]`, packed or not), plus `bias` (`[out]`):
+/// `[rows, out]`.
 pub(crate) fn multiply(
     x: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
 ) -> Result<Tensor, TchError> {
-    let rows = x.size2()?.0;
-    if x.device() != Device::Cpu || !(2..=FEW_ROWS).contains(&rows) {
-        return x.f_linear(weight, bias);
-    }
-    let product = weight.f_mm(&x.f_tr()?)?.f_tr()?.f_contiguous()?;
-    match bias {
-        Some(bias) => product.f_add(bias),
-        None => Ok(product),
+    match weight.is_mkldnn() {
+        true => packed::multiply(x, weight, bias),
+        false => x.f_linear(weight, bias),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Activation, Linear, NormScale, RmsNorm};
+use super::{Activation, Linear, NormScale, RmsNorm, pack};
 
 fn random(shape: &[i64]) -> Tensor {
     Tensor::randn(shape, (Kind::Double, Device::Cpu))
@@ -88,4 +88,24 @@ fn a_linear_layers_backward_is_its_derivative() {
     close(&layer.backward(&gradient).unwrap(), &theirs[0], 1e-6);
     close(&Linear::by_weight(&gradient, &x).unwrap(), &theirs[1], 1e-6);
     close(&Linear::by_bias(&gradient).unwrap(), &theirs[2], 1e-6);
+}
+
+#[test]
+fn packed_weights_are_multiplied_as_others() {
+    tch::manual_seed(4);
+    for (kind, bound) in [(Kind::Float, 1e-6), (Kind::BFloat16, 1e-2)] {
+        let cast = |shape: &[i64]| random(shape).to_kind(kind);
+        let (weight, bias) = (cast(&[40, 24]), cast(&[40]));
+        let packed = pack(&weight).unwrap();
+        assert_eq!(packed.is_mkldnn(), cfg!(target_arch = "x86_64"));
+        for rows in [1, 3, 16, 17, 100] {
+            let x = cast(&[rows, 24]);
+            for bias in [None, Some(&bias)] {
+                let ours = Linear { weight: &packed, bias }.forward(&x).unwrap();
+                let plain = Linear { weight: &weight, bias }.forward(&x).unwrap();
+                assert_eq!(ours.kind(), kind);
+                close(&ours, &plain, bound);
+            }
+        }
+    }
 }
