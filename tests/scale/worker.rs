@@ -18,7 +18,7 @@ use tonic::{Request, Streaming};
 use crate::fleet::Fleet;
 
 /// As the real one tells of a shard under way.
-const PROGRESS_PERIOD: Duration = Duration::from_millis(500);
+const PROGRESS_PERIOD: Duration = Duration::from_millis(900);
 
 /// Why a worker's session ended, other than by a fault of its own.
 #[derive(Debug, PartialEq, Eq)]

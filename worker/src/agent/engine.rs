@@ -24,8 +24,9 @@ use crate::train::{MicroBatch, TrainError, TrainStep};
 pub(super) use messages::{Command, Reply};
 use models::Models;
 
-/// Progress is told this often; each time costs a message.
-const PROGRESS_PERIOD: Duration = Duration::from_millis(500);
+/// Progress is told this often; each time costs a message. A little sooner than the default
+/// heartbeat, for which it then stands.
+const PROGRESS_PERIOD: Duration = Duration::from_millis(900);
 
 /// A handle on the engine's thread.
 pub(super) struct Engine {
