@@ -80,13 +80,12 @@ impl Fleet {
         for slot in 0..workers {
             let fleet = Arc::clone(self);
             tokio::spawn(async move {
-                let mut tries = TRIES;
+                let mut tries = 0;
                 loop {
                     match attend(&fleet, slot).await {
                         Ok(Ended::Lost) => tries = TRIES,
                         Ok(Ended::Dismissed) => return,
-                        // All come in one moment, or it came before the coordinator knew
-                        // that its place is free.
+                        // It came before the coordinator knew that its place is free.
                         Err(_) if tries > 0 => tries -= 1,
                         Err(error) => return fleet.tally.failed(format!("{error:#}")),
                     }

@@ -29,9 +29,8 @@ pub struct Sampled {
 }
 
 impl Sampler {
-    /// With the weights of `policy`, in a kind that the device multiplies: they are shared
-    /// where that is their own, and copied where they must be widened. Weights that change
-    /// want a new sampler.
+    /// With the weights of `policy`: shared on a GPU; on a CPU copied, as it multiplies few
+    /// rows fastest. Weights that change want a new sampler.
     pub fn new(policy: &Decoder) -> Result<Self, TchError> {
         Ok(Self { model: policy.for_products()?, cache: KvCache::empty() })
     }

@@ -3,8 +3,7 @@
 //! Such a product takes as long as reading its weight, and from a weight that lies row after
 //! row libtorch's libraries read at half the memory's rate or less. Of SmolLM2's blocks a
 //! product with 16 rows takes 26 ms in bf16 (AVX-512 BF16, no AMX) and 69 ms in fp32, from
-//! packed weights 16 and 29; with one row 17 and 40, and 13 and 26. A row's product is the
-//! same bytes whatever rows are beside it.
+//! packed weights 16 and 29; with one row 17 and 40, and 13 and 26.
 //!
 //! libtorch has the operators, which `torch.compile` uses for frozen weights, but no function
 //! of its interface names them. A script does.
