@@ -25,6 +25,9 @@ type Published = std::collections::BTreeMap<String, String>;
 /// Two nodes with two workers each.
 const WORKERS: &str = "4";
 
+/// Seconds that anything may take: what hangs is found, what is slow is not judged.
+const PATIENCE: u64 = 600;
+
 impl Bed {
     fn make(epochs: u32) -> Self {
         let folder = tempfile::tempdir().unwrap();
@@ -87,7 +90,7 @@ impl Bed {
 
     fn eventually(&self, what: &str, holds: impl Fn() -> bool) {
         let held = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            eventually(120, what, holds);
+            eventually(PATIENCE, what, holds);
         }));
         assert!(held.is_ok(), "{what}:\n{}\n{}", self.log(), self.cluster.logs());
     }
