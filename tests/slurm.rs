@@ -25,9 +25,6 @@ type Published = std::collections::BTreeMap<String, String>;
 /// Two nodes with two workers each.
 const WORKERS: &str = "4";
 
-/// Seconds that anything may take: what hangs is found, what is slow is not judged.
-const PATIENCE: u64 = 600;
-
 impl Bed {
     fn make(epochs: u32) -> Self {
         let folder = tempfile::tempdir().unwrap();
@@ -90,13 +87,18 @@ impl Bed {
 
     fn eventually(&self, what: &str, holds: impl Fn() -> bool) {
         let held = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            eventually(PATIENCE, what, holds);
+            eventually(120, what, holds);
         }));
         assert!(held.is_ok(), "{what}:\n{}\n{}", self.log(), self.cluster.logs());
     }
 
+    /// Waits for a job's end as long as its run takes steps, whatever their speed.
     fn ends(&self, job: &str, state: &str) {
-        self.eventually(state, || self.cluster.state(job) == state);
+        let ended = || self.cluster.state(job) == state;
+        while !ended() {
+            let before = self.steps();
+            self.eventually(state, || ended() || self.steps() != before);
+        }
     }
 }
 
