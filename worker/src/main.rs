@@ -84,7 +84,10 @@ fn main() -> ExitCode {
         // Whoever runs the container starts it again.
         None if std::process::id() == 1 => serve(arguments, CONTAINER),
         // Nobody would start it again.
-        None => return supervise(),
+        None => match device_exists(&arguments) {
+            Ok(()) => return supervise(),
+            Err(error) => Err(error),
+        },
         Some(launcher) => serve(arguments, launcher),
     };
     match served {
@@ -109,6 +112,15 @@ fn tell_of_nccl() {
         });
         info!(environment = %set.collect::<Vec<_>>().join(" "), "NCCL");
     }
+}
+
+/// A wrong `--device` is said at once: another process would load gigabytes of libraries
+/// first, to say the same. What `auto` finds is the other's to tell.
+fn device_exists(arguments: &Arguments) -> anyhow::Result<()> {
+    if arguments.device != "auto" {
+        choose_device(&arguments.device, arguments.slot)?;
+    }
+    Ok(())
 }
 
 /// Runs this program once more, as the one that works, and again whenever a signal ends

@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Activation, Linear, NormScale, RmsNorm, pack};
+use super::{Activation, Linear, NormScale, RmsNorm, pack, product_kind};
 
 fn random(shape: &[i64]) -> Tensor {
     Tensor::randn(shape, (Kind::Double, Device::Cpu))
@@ -94,6 +94,10 @@ fn a_linear_layers_backward_is_its_derivative() {
 fn packed_weights_are_multiplied_as_others() {
     tch::manual_seed(4);
     for (kind, bound) in [(Kind::Float, 1e-6), (Kind::BFloat16, 1e-2)] {
+        // Weights are packed in kinds that this processor multiplies; oneDNN takes no others.
+        if product_kind(kind, Device::Cpu) != kind {
+            continue;
+        }
         let cast = |shape: &[i64]| random(shape).to_kind(kind);
         let (weight, bias) = (cast(&[40, 24]), cast(&[40]));
         let packed = pack(&weight).unwrap();
