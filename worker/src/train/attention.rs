@@ -85,7 +85,8 @@ pub(super) struct Qkv {
 
 /// What `block`'s two calls for a pair see.
 fn sights<'a>(masks: &'a PairMasks, block: &Block) -> [Sight<'a>; 2] {
-    masks.of(block.window().is_some()).map(|mask| Sight { mask, scale: block.attention_scale() })
+    let (window, scale) = (block.window(), block.attention_scale());
+    masks.of(window.is_some()).map(|mask| Sight { mask, window, scale })
 }
 
 /// A pair's two calls: those of `[x, y⁺]`, and y⁻'s queries with `[x, y⁻]`.

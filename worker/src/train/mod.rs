@@ -20,7 +20,8 @@
 //! bucket beside the update of the next.
 //!
 //! There is no autograd graph: `block` goes back through what it kept (`pass`
-//! says how much that is), and only attention's two kernels are libtorch's.
+//! says how much that is). Of attention, forward is a kernel of libtorch's, and on a
+//! GPU backward too (`kernel`).
 
 mod attention;
 mod block;
