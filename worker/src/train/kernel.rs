@@ -160,24 +160,28 @@ mod tests {
     use super::*;
     use crate::model::ops::{causal_mask, product_kind};
 
-    /// Keys ahead of the queries, a window, heads of queries and of keys; tokens enough for
+    /// Queries, keys ahead of them, a window, heads of queries and of keys. 900 queries are
     /// several tiles.
-    const CALLS: [(i64, Option<i64>, [i64; 2]); 5] = [
-        (0, None, [4, 4]),
-        (0, None, [6, 2]),
-        (130, None, [6, 2]),
-        (0, Some(40), [6, 2]),
-        (130, Some(500), [4, 4]),
+    type Call = (i64, i64, Option<i64>, [i64; 2]);
+    const CALLS: [Call; 7] = [
+        (5, 0, None, [4, 4]),
+        (5, 4, None, [6, 2]),
+        (900, 0, None, [4, 4]),
+        (900, 0, None, [6, 2]),
+        (900, 130, None, [6, 2]),
+        (900, 0, Some(40), [6, 2]),
+        (900, 130, Some(500), [4, 4]),
     ];
 
-    /// How far a call's output and gradients by its inputs are from fp64's, in `kind`.
+    /// How far a call's output and gradients by its inputs are from fp64's, in `kind`. Queries
+    /// and keys are normal numbers times `spread`.
     fn errors(
-        (before, window, [heads, kv_heads]): (i64, Option<i64>, [i64; 2]),
+        (queries, before, window, [heads, kv_heads]): Call,
         kind: Kind,
+        spread: f64,
         run: fn(&Qkv, Sight<'_>, &Tensor) -> Result<Kernel, TchError>,
     ) -> [f64; 4] {
         tch::manual_seed(4);
-        let queries = 900;
         let random = |tokens: i64, heads: i64| {
             Tensor::randn([tokens, heads, 16], (Kind::Float, Device::Cpu)).to_kind(kind)
         };
@@ -187,8 +191,8 @@ mod tests {
             (before > 0 || window.is_some()).then(|| mask.unwrap())
         };
         let qkv = Qkv {
-            queries: random(queries, heads) * 2,
-            keys: random(before + queries, kv_heads) * 2,
+            queries: random(queries, heads) * spread,
+            keys: random(before + queries, kv_heads) * spread,
             values: random(before + queries, kv_heads),
         };
         let gradient = random(queries, heads);
@@ -213,8 +217,8 @@ mod tests {
     #[test]
     fn by_hand_is_what_autograd_has() {
         for call in CALLS {
-            let errors = errors(call, Kind::Float, Kernel::flash);
-            assert!(errors.iter().all(|&error| error < 2e-6), "{call:?}: {errors:?}");
+            let errors = errors(call, Kind::Float, 1.0, Kernel::flash);
+            assert!(errors.iter().all(|&error| error < 1e-6), "{call:?}: {errors:?}");
         }
     }
 
@@ -222,9 +226,10 @@ mod tests {
     /// logarithms, gradients err by less than 1 %: bf16 itself has steps of 0.4 %.
     #[test]
     fn in_bf16_gradients_err_as_bf16_does() {
-        for call in CALLS {
-            let theirs = errors(call, Kind::BFloat16, Kernel::recorded);
-            let ours = errors(call, Kind::BFloat16, Kernel::flash);
+        // Of a few tokens' gradients the first ones, which all but cancel, are most.
+        for call in CALLS.into_iter().filter(|call| call.0 > 5) {
+            let theirs = errors(call, Kind::BFloat16, 2.0, Kernel::recorded);
+            let ours = errors(call, Kind::BFloat16, 2.0, Kernel::flash);
             for (ours, theirs) in ours.iter().zip(theirs) {
                 assert!(*ours < 0.01 && *ours < 3.0 * theirs, "{call:?}: {ours:.1e} {theirs:.1e}");
             }
