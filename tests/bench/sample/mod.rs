@@ -147,7 +147,7 @@ fn measure(options: &SampleOptions, setting: Setting) -> Result<Measured> {
         bandwidths.push(start_ours("run-bandwidth", &job)?.answer::<f64>()?);
         // Other replies in each round: how long they are says much of what they cost.
         let job = SampleJob { seed: job.seed + round as u64, ..job.clone() };
-        for side in sides(options) {
+        for side in sides(options, round) {
             let run: SampleRun = side.start(&job)?.answer()?;
             let round = format!("{} {}/{}", setting.name(), round + 1, options.rounds);
             eprintln!("{round}: {}: {}", side.name(), told(&run));
@@ -157,7 +157,9 @@ fn measure(options: &SampleOptions, setting: Setting) -> Result<Measured> {
     Ok(Measured { setting, job, runs, rates, bandwidths })
 }
 
-fn sides(options: &SampleOptions) -> Vec<Side> {
+/// In the order of their runs. Ours with drafting and without take turns at being first,
+/// which gets memory that no process has touched yet, and is slower for it.
+fn sides(options: &SampleOptions, round: usize) -> Vec<Side> {
     let peers = match &options.peers[..] {
         _ if options.skip_peer => &[],
         [] => Peer::value_variants(),
@@ -167,7 +169,9 @@ fn sides(options: &SampleOptions) -> Vec<Side> {
         Peer::Generate => Side::Generate,
         Peer::LlamaCpp => Side::LlamaCpp,
     };
-    [Side::Ours, Side::WithoutDrafting].into_iter().chain(peers.iter().map(peer)).collect()
+    let mut ours = [Side::Ours, Side::WithoutDrafting];
+    ours.rotate_left(round % 2);
+    ours.into_iter().chain(peers.iter().map(peer)).collect()
 }
 
 fn dtype(options: &SampleOptions) -> DType {

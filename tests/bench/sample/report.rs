@@ -18,6 +18,7 @@ pub(super) struct Report {
     settings: Map<String, Value>,
     versions: BTreeMap<String, String>,
     rows: Vec<[String; 7]>,
+    guesses: Vec<String>,
     dtype: DType,
 }
 
@@ -39,8 +40,8 @@ impl Report {
             "dtype": dtype,
             "model": options.model.file_name().map(|name| name.to_string_lossy()),
         });
-        let (settings, versions, rows) = (Map::new(), BTreeMap::new(), Vec::new());
-        Ok(Self { head, settings, versions, rows, dtype })
+        let (settings, versions) = (Map::new(), BTreeMap::new());
+        Ok(Self { head, settings, versions, rows: Vec::new(), guesses: Vec::new(), dtype })
     }
 
     /// `floors` are those of our runs.
@@ -52,13 +53,21 @@ impl Report {
         let of_floor = floors.iter().zip(&runs[&Side::Ours]);
         let of_floor = median(of_floor.map(|(floor, run)| floor.seconds / run.seconds))
             .context("ours was not run")?;
+        let guesses = Guesses::of(&runs[&Side::Ours]);
+        self.guesses.push(format!("{}: {guesses}", setting.name()));
         let mut described = json!({
             "fraction_of_floor": of_floor,
+            "guessed": guesses.all,
+            "guessed_right": guesses.right,
             "floors": floors,
             "prompt_tokens": job.prompts.iter().map(Vec::len).sum::<usize>(),
         });
         for (side, theirs) in &figures {
-            let ratio = ours.tokens_per_s / theirs.tokens_per_s;
+            let ratio = match side {
+                Side::WithoutDrafting => by_round(&runs[&Side::Ours], &runs[side])
+                    .context("ours was not run without drafting")?,
+                _ => ours.tokens_per_s / theirs.tokens_per_s,
+            };
             if let Some(name) = side.ratio() {
                 described[name] = json!(ratio);
             }
@@ -94,10 +103,45 @@ impl Report {
         format!(
             "{}\n\ncomputed in {}. of floor: the time that the operations of the prompts and of \
              each decoding step take at the measured matrix rate, or its bytes at the measured \
-             bandwidth, whichever is longer, over the time taken.",
+             bandwidth, whichever is longer, over the time taken. ours is at: medians of \
+             tokens/s over one another; without drafting, the median of each round's. {}.",
             table(&header, &self.rows),
-            self.dtype.name()
+            self.dtype.name(),
+            self.guesses.join("; ")
         )
+    }
+}
+
+/// How many times as fast `ours` was as `theirs`, each round by itself: the median. A round's
+/// two runs draw the same tokens, and other rounds more or fewer.
+fn by_round(ours: &[SampleRun], theirs: &[SampleRun]) -> Option<f64> {
+    let rounds = ours.iter().zip(theirs);
+    median(rounds.map(|(ours, theirs)| ours.tokens_per_s() / theirs.tokens_per_s()))
+}
+
+/// Tokens that were guessed.
+struct Guesses {
+    all: u64,
+    right: u64,
+    /// Of all rounds' replies.
+    tokens: usize,
+}
+
+impl Guesses {
+    fn of(runs: &[SampleRun]) -> Self {
+        let sum = |key: &str| {
+            let works = runs.iter().filter_map(|run| run.work.as_ref());
+            works.filter_map(|work| work[key].as_u64()).sum()
+        };
+        let tokens = runs.iter().map(SampleRun::tokens).sum();
+        Self { all: sum("guessed"), right: sum("guessed_right"), tokens }
+    }
+}
+
+impl std::fmt::Display for Guesses {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { all, right, tokens } = self;
+        write!(f, "{all} tokens guessed, {right} of them right, for {tokens} drawn")
     }
 }
 
