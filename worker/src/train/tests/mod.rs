@@ -148,7 +148,11 @@ fn on_ranks<R: Send + 'static>(
     const PATIENCE: Duration = Duration::from_secs(60);
     let (store, port) = Store::listen(HOST).unwrap();
     let form = move |store: &Store, rank| {
-        ProcessGroup::gloo(store, 1, rank, world_size, PATIENCE, HOST).unwrap()
+        let group = ProcessGroup::gloo(store, 1, rank, world_size, PATIENCE, HOST).unwrap();
+        // A rank that is done and leaves while the others still connect to one another would
+        // fail them.
+        group.barrier().unwrap();
+        group
     };
     let others: Vec<_> = (1..world_size)
         .map(|rank| {
