@@ -157,8 +157,8 @@ fn measure(options: &SampleOptions, setting: Setting) -> Result<Measured> {
     Ok(Measured { setting, job, runs, rates, bandwidths })
 }
 
-/// In the order of their runs. Ours with drafting and without take turns at being first,
-/// which gets memory that no process has touched yet, and is slower for it.
+/// In the order of their runs. Ours with drafting and without take turns at being first:
+/// what has just run changes a processor's speed and how memory is laid out.
 fn sides(options: &SampleOptions, round: usize) -> Vec<Side> {
     let peers = match &options.peers[..] {
         _ if options.skip_peer => &[],
