@@ -113,7 +113,7 @@ impl Report {
 }
 
 /// How many times as fast `ours` was as `theirs`, each round by itself: the median. A round's
-/// two runs draw the same tokens, and other rounds more or fewer.
+/// two runs draw by the same uniforms, and in fp32 the same tokens.
 fn by_round(ours: &[SampleRun], theirs: &[SampleRun]) -> Option<f64> {
     let rounds = ours.iter().zip(theirs);
     median(rounds.map(|(ours, theirs)| ours.tokens_per_s() / theirs.tokens_per_s()))
