@@ -5,12 +5,17 @@ use std::collections::VecDeque;
 use super::cache::Region;
 use super::draft::Lookup;
 use super::pick::{Draw, Drawn};
-use super::prefix::Prefixes;
+use super::prefix::{Prefixes, common_prefix};
 use super::step::{Owner, Piece, Step};
 use super::{Finish, Prompt, Sample, SamplingParams, Shard, Uniforms, Work};
 
 /// Tokens of prompts in one step at most, so that rows which decode do not wait long.
 const PREFILL_TOKENS: usize = 512;
+
+/// Tokens with which two rows must begin alike for one to copy them from the other. Copying
+/// takes two small operations a layer; on the slowest of processors that is one token's time,
+/// on a GPU some tens of tokens'.
+const LEAST_COPIED: usize = 16;
 
 /// A reply in the making.
 #[derive(Debug)]
@@ -21,6 +26,8 @@ struct Row {
     shared: usize,
     /// Of its own tokens, those that the cache holds.
     computed: usize,
+    /// Whose first tokens it waits for.
+    donor: Option<Donor>,
     reply: Vec<u32>,
     logps: Vec<f32>,
     uniforms: Uniforms,
@@ -28,6 +35,15 @@ struct Row {
     lookup: Option<Lookup>,
     /// The guess that is being computed.
     guess: Vec<u32>,
+}
+
+/// A row that begins alike.
+#[derive(Debug, Clone, Copy)]
+struct Donor {
+    /// Its prompt's place in the shard.
+    at: usize,
+    /// Own tokens that both have.
+    common: usize,
 }
 
 /// The rows of a shard: those in slots, those that wait for one, and what they share.
@@ -98,10 +114,12 @@ impl<'a> Rows<'a> {
             for stretch in self.prefixes.path(last) {
                 self.stretches[stretch].get_or_insert(0);
             }
+            let shared = self.prefixes.length(last);
             self.live.push(Row {
                 at,
-                shared: self.prefixes.length(last),
+                shared,
                 computed: 0,
+                donor: self.donor(at, shared),
                 reply: Vec::new(),
                 logps: Vec::new(),
                 uniforms: Uniforms::new(*seed, *iteration, *prompt, *index),
@@ -109,6 +127,42 @@ impl<'a> Rows<'a> {
                 guess: Vec::new(),
             });
         }
+    }
+
+    /// The live row that has most of the tokens with which a prompt's own begin, the first of
+    /// several; none where that is not worth it. A row's last token is always its own.
+    fn donor(&self, at: usize, shared: usize) -> Option<Donor> {
+        let own = |at: usize| &self.shard.prompts[at].tokens[shared..];
+        let most = own(at).len() - 1;
+        let behind = self.prefixes.last[at];
+        let alike = self.live.iter().filter(|row| self.prefixes.last[row.at] == behind);
+        let donors = alike.map(|row| {
+            let common = common_prefix(own(at), own(row.at)).min(most);
+            Donor { at: row.at, common }
+        });
+        let worth_it = donors.filter(|donor| donor.common >= LEAST_COPIED);
+        worth_it.rev().max_by_key(|donor| donor.common)
+    }
+
+    /// What rows are given that waited for another's first tokens, which are there now. Each
+    /// waits for one that was admitted before it, so that one of them can always go on.
+    pub(super) fn copies(&mut self) -> Vec<Copied> {
+        let mut copies = Vec::new();
+        for to in 0..self.live.len() {
+            let Some(Donor { at, common }) = self.live[to].donor else { continue };
+            let from = self.live.iter().position(|row| row.at == at);
+            match from.map(|from| (from, self.live[from].computed)) {
+                Some((_, computed)) if computed < common => continue,
+                Some((from, _)) => {
+                    self.live[to].computed = common;
+                    copies.push(Copied { from, to, length: common });
+                }
+                // It has ended.
+                None => {}
+            }
+            self.live[to].donor = None;
+        }
+        copies
     }
 
     /// What is computed next: one token of each row that decodes, with a guess behind it
@@ -160,7 +214,7 @@ impl<'a> Rows<'a> {
             |at: usize| self.stretches[at] == Some(self.prefixes.stretches[at].tokens.len());
         let own = &self.shard.prompts[row.at].tokens[row.shared..];
         let length = (*room).min(own.len() - row.computed);
-        if length == 0 || !self.prefixes.path(behind).all(is_there) {
+        if length == 0 || row.donor.is_some() || !self.prefixes.path(behind).all(is_there) {
             return None;
         }
         let tokens = own[row.computed..row.computed + length].to_vec();
@@ -210,7 +264,7 @@ impl<'a> Rows<'a> {
 
     /// Takes what was drawn for `step`. Returns the slots that rows have left, the last
     /// first: into each moves the row of the last slot, of so many tokens.
-    pub(super) fn take(&mut self, step: &Step, drawn: &[Drawn]) -> Vec<Move> {
+    pub(super) fn take(&mut self, step: &Step, drawn: &[Drawn]) -> Vec<Copied> {
         let mut rest = drawn;
         let mut ended = Vec::new();
         for piece in &step.pieces {
@@ -229,19 +283,19 @@ impl<'a> Rows<'a> {
             let Prompt { prompt, index, .. } = self.shard.prompts[at];
             self.samples[at] = Some(Sample { prompt, index, tokens: reply, logps, finish });
             if let Some(moved) = self.live.get(slot) {
-                moves.push(Move { from: self.live.len(), to: slot, length: moved.computed });
+                moves.push(Copied { from: self.live.len(), to: slot, length: moved.computed });
             }
         }
         moves
     }
 }
 
-/// A row's way to another slot.
+/// A slot's first tokens, which another gets.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Move {
+pub(super) struct Copied {
     pub(super) from: usize,
     pub(super) to: usize,
-    /// Tokens that it has in the cache.
+    /// How many they are.
     pub(super) length: usize,
 }
 

@@ -7,7 +7,7 @@ use tch::{Device, TchError, Tensor};
 use super::cache::{Division, KvCache, Region, bytes_per_token};
 use super::pick::choose;
 use super::prefix::Prefixes;
-use super::rows::{Move, Rows};
+use super::rows::{Copied, Rows};
 use super::{Progress, Prompt, Sample, SampleError, SamplingParams, Shard, Work};
 use crate::model::ops::multiply;
 use crate::model::{Decoder, check_tokens};
@@ -62,14 +62,13 @@ impl Sampler {
         let mut rows = Rows::new(shard, &prefixes, &places, division.rows as usize, draft_tokens);
         while !rows.are_done() {
             rows.admit();
+            self.copy(&rows.copies())?;
             let step = rows.next_step();
             let hidden = step.forward(&self.model, &self.cache, &prefixes, &places)?;
             if hidden.size()[0] > 0 {
                 let logits = self.logits(&hidden)?;
                 let drawn = choose(&logits, &shard.params, &rows.draws(&step))?;
-                for Move { from, to, length } in rows.take(&step, &drawn) {
-                    self.cache.copy(from, to, length as i64)?;
-                }
+                self.copy(&rows.take(&step, &drawn))?;
             }
             let (tokens, finished) = rows.drawn();
             if observe(Progress { tokens, finished }).is_break() {
@@ -100,6 +99,13 @@ impl Sampler {
         let most = prompts.len().min(shard.engine.max_rows as usize) as i64;
         let rows = ((tokens - shared) / columns.max(1)).clamp(1, most.max(1));
         (prefixes, Division { shared, rows, columns })
+    }
+
+    fn copy(&self, copies: &[Copied]) -> Result<(), TchError> {
+        for &Copied { from, to, length } in copies {
+            self.cache.copy(from, to, length as i64)?;
+        }
+        Ok(())
     }
 
     fn logits(&self, hidden: &Tensor) -> Result<Tensor, TchError> {
