@@ -19,8 +19,9 @@ pub(super) struct Floor {
 }
 
 impl Floor {
-    /// All rows decode together from the first token on; every step reads all weights
-    /// once, and every live row's keys and values.
+    /// What prompts begin with is computed once for all that begin so. All rows decode
+    /// together from the first token on; every step reads all weights once, and every live
+    /// row's keys and values.
     pub(super) fn of(
         config: &ModelConfig,
         job: &SampleJob,
@@ -37,11 +38,14 @@ impl Floor {
             + 3.0 * hidden * config.intermediate_size as f64;
         let head = hidden * config.vocab_size as f64;
         let attended = 4.0 * query_width * layers;
-        let prompt = |tokens: &Vec<u32>| {
-            let n = tokens.len() as f64;
-            2.0 * block * layers * n + attended * n * (n + 1.0) / 2.0 + 2.0 * head
+        let prompt = |(tokens, had): (&Vec<u32>, usize)| {
+            let triangle = |n: f64| n * (n + 1.0) / 2.0;
+            let (n, had) = (tokens.len() as f64, had as f64);
+            let attended = attended * (triangle(n) - triangle(had));
+            2.0 * block * layers * (n - had) + attended + 2.0 * head
         };
-        let prompts_seconds = job.prompts.iter().map(prompt).sum::<f64>() / matrix_rate;
+        let prompts = job.prompts.iter().zip(had_before(&job.prompts));
+        let prompts_seconds = prompts.map(prompt).sum::<f64>() / matrix_rate;
         let longest = replies.iter().copied().max().unwrap_or(0);
         // The first token of each reply comes with its prompt.
         let step = |at: usize| {
@@ -56,5 +60,27 @@ impl Floor {
         let decoding_seconds = (1..longest).map(step).sum();
         let seconds = prompts_seconds + decoding_seconds;
         Self { seconds, prompts_seconds, decoding_seconds, matrix_rate, bandwidth }
+    }
+}
+
+/// Of each prompt, the tokens with which one before it begins too; never its last.
+fn had_before(prompts: &[Vec<u32>]) -> Vec<usize> {
+    let common = |a: &[u32], b: &[u32]| a.iter().zip(b).take_while(|(a, b)| a == b).count();
+    let had = |at: usize| {
+        let before = prompts[..at].iter().map(|other| common(&prompts[at], other));
+        before.max().unwrap_or(0).min(prompts[at].len() - 1)
+    };
+    (0..prompts.len()).map(had).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_prompts_begin_with_counts_once() {
+        let prompts =
+            [vec![1, 2, 3, 4], vec![1, 2, 9], vec![5], vec![1, 2, 3, 4], vec![1, 2, 9, 7]];
+        assert_eq!(had_before(&prompts), [0, 2, 0, 3, 3]);
     }
 }

@@ -275,6 +275,38 @@ fn shared_beginnings_are_computed_once_and_change_nothing() {
     }
 }
 
+/// Beginnings that are not worth a stretch of their own.
+#[test]
+fn rows_copy_what_they_begin_alike_with() {
+    let mut shard = shard(&[100, 80, 600, 60, 90, 5], 0.8, &[]);
+    let (first, rest) = shard.prompts.split_at_mut(1);
+    for prompt in &mut rest[..3] {
+        prompt.tokens[..40].copy_from_slice(&first[0].tokens[..40]);
+    }
+    // The third prompt's beginning takes two steps, and the fifth begins as the first ends.
+    let third = rest[1].tokens.clone();
+    rest[2].tokens = third[..550].to_vec();
+    rest[3].tokens[..15].copy_from_slice(&first[0].tokens[..15]);
+    shard.engine.least_shared = usize::MAX;
+    for model in [CONFIG, WINDOWED].map(random) {
+        let together = sampled(&model, &shard);
+        let work = together.work;
+        assert_eq!(work.prefilled, 100 + (80 - 40) + (600 - 40) + 1 + 90 + 5, "{work:?}");
+        for (at, sample) in together.samples.iter().enumerate() {
+            let prompts = vec![shard.prompts[at].clone()];
+            let alone = self::sample(&model, &Shard { prompts, ..shard.clone() });
+            assert_eq!(alone[0].tokens, sample.tokens, "prompt {at}");
+        }
+        // Alone in the cache a row has nobody to copy from, and two have each other.
+        for (max_rows, prefilled) in [(1, 100 + 80 + 600 + 550 + 90 + 5), (2, 0)] {
+            let engine = SamplingEngine { max_rows, ..shard.engine };
+            let few = sampled(&model, &Shard { engine, ..shard.clone() });
+            assert_eq!(tokens(&few.samples), tokens(&together.samples));
+            assert!(prefilled == 0 || few.work.prefilled == prefilled, "{:?}", few.work);
+        }
+    }
+}
+
 #[test]
 fn many_samples_of_a_prompt_cost_one() {
     let model = model();
