@@ -251,8 +251,23 @@ pub(crate) fn first_steps_are_ln_2(run: &Path, iterations: u32) {
     }
 }
 
-/// Held-out reward accuracy after an iteration's last epoch.
-pub(crate) fn held_out_accuracy(run: &Path, iteration: u32) -> f64 {
+/// What the pairs that an iteration holds out say after its last epoch.
+#[derive(Debug)]
+pub(crate) struct HeldOut {
+    pub(crate) pairs: f64,
+    /// Share of pairs in which the chosen side's reward is higher.
+    pub(crate) accuracy: f64,
+    /// Mean difference of the sides' rewards.
+    pub(crate) margin: f64,
+}
+
+pub(crate) fn held_out(run: &Path, iteration: u32) -> HeldOut {
     let rows = metrics(run, iteration);
-    rows.last().unwrap()["eval_rewards/accuracies"].as_f64().expect("an evaluation comes last")
+    let last = rows.last().unwrap();
+    let number = |name: &str| last[name].as_f64().expect("an evaluation comes last");
+    HeldOut {
+        pairs: number("eval_pairs"),
+        accuracy: number("eval_rewards/accuracies"),
+        margin: number("eval_rewards/margins"),
+    }
 }
