@@ -19,9 +19,6 @@ const CANDIDATES: i64 = 256;
 /// How far below the best score a CPU looks for candidates first, and then.
 const DEPTHS: [f32; 2] = [8.0, 16.0];
 
-/// Scores of which a CPU asks at once whether any is near the best: vectors of them.
-const SCANNED: usize = 64;
-
 /// What a row's draw depends on besides its logits.
 #[derive(Debug)]
 pub(super) struct Draw<'a> {
@@ -184,11 +181,7 @@ fn settle<'a, T: Default>(
         let (best, log_normaliser) = (head[0], f64::from(finite(head[1])?));
         let cut = Cut { params, log_normaliser, uniform: draw.uniform };
         let above = |floor: f32| -> Vec<Candidate> {
-            let parts = (0..).step_by(SCANNED).zip(scores.chunks(SCANNED));
-            let some =
-                parts.filter(|(_, part)| part.iter().fold(false, |any, s| any | (*s > floor)));
-            let all = some.flat_map(|(first, part)| (first..).zip(part));
-            let all = all.map(|(id, &score)| Candidate { score, id });
+            let all = (0..).zip(scores).map(|(id, &score)| Candidate { score, id });
             all.filter(|candidate| candidate.score > floor).collect()
         };
         let near = DEPTHS.iter().find_map(|depth| by(&cut, above(best - depth), false));
