@@ -31,6 +31,7 @@ fn small(model: &Path, run: &Path) -> std::process::Command {
     command.args(["--model", model.to_str().unwrap()]);
     for setting in [
         "launch.threads=1",
+        "text.today=2026-01-01",
         "data.limit=8",
         "data.held_out=2",
         "text.max_length=96",

@@ -19,7 +19,8 @@ use crate::log;
 use crate::model;
 
 /// As short as a run with every phase, several epochs and many shards can be.
-const SETTINGS: [&str; 17] = [
+const SETTINGS: [&str; 18] = [
+    "text.today=2026-01-01",
     "data.limit=12",
     "data.held_out=2",
     "text.max_length=128",
