@@ -40,7 +40,7 @@ pub(super) struct Run {
     pub(super) region: Region,
     /// Tokens there before it.
     pub(super) before: i64,
-    /// `[length, before + length]`; none where nothing is before it, or out of sight.
+    /// `[length · group, before + length]`; none where nothing is before it, or out of sight.
     pub(super) mask: Option<Tensor>,
 }
 
@@ -51,7 +51,7 @@ pub(super) struct Beginning {
     pub(super) region: Region,
     /// Indices of the step's tokens, `[n]`, i64.
     pub(super) members: Tensor,
-    /// `[n, tokens]`; none where all of them see all of it.
+    /// `[n · group, tokens]`; none where all of them see all of it.
     pub(super) mask: Option<Tensor>,
 }
 
@@ -91,19 +91,17 @@ impl Attention<'_> {
         let Calls { groups, runs, beginnings } = windowed.unwrap_or(&self.calls);
         let pass = LayerPass { cache: self.cache, layer, heads, scale: block.attention_scale(), q };
         if let ([group], [], []) = (&groups[..], &runs[..], &beginnings[..]) {
-            return heads.together(&pass.of_group(group)?.output);
+            return Ok(pass.of_group(group)?.output);
         }
         let mut parts = Vec::with_capacity(groups.len() + runs.len());
         for group in groups {
-            let part = pass.of_group(group)?;
-            parts.push((heads.together(&part.output)?, heads.together(&part.log_sum_exp)?));
+            parts.push(pass.of_group(group)?);
         }
         for run in runs {
-            let part = pass.of_run(run)?;
-            let token_major = |x: &Tensor| x.f_squeeze_dim(0)?.f_transpose(0, 1);
-            parts.push((token_major(&part.output)?, token_major(&part.log_sum_exp)?));
+            parts.push(pass.of_run(run)?);
         }
-        let (outputs, log_sums): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
+        let (outputs, log_sums): (Vec<_>, Vec<_>) =
+            parts.into_iter().map(|part| (part.output, part.log_sum_exp)).unzip();
         let output = Tensor::f_cat(&outputs, 0)?;
         if beginnings.is_empty() {
             return Ok(output);
@@ -135,16 +133,40 @@ impl LayerPass<'_> {
         let queries = self.heads.apart(&self.q.f_narrow(0, start, rows)?)?;
         let [keys, values] = self.cache.slots(self.layer, first_slot, rows, columns)?;
         let sight = mask.as_ref().map_or(Sight::All, Sight::Masked);
-        attend(&queries, &keys, &values, sight, self.scale)
+        let part = attend(&queries, &keys, &values, sight, self.scale)?;
+        let [output, log_sum_exp] =
+            [&part.output, &part.log_sum_exp].map(|x| self.heads.together(x));
+        Ok(Part { output: output?, log_sum_exp: log_sum_exp? })
     }
 
     fn of_run(&self, run: &Run) -> Result<Part, TchError> {
         let Run { start, length, region, before, ref mask } = *run;
-        let queries = self.q.f_narrow(0, start, length)?.f_transpose(0, 1)?.f_unsqueeze(0)?;
-        let [keys, values] = self.cache.region(self.layer, region, before + length)?;
-        let [keys, values] = [self.heads.repeated(&keys)?, self.heads.repeated(&values)?];
-        let sight = mask.as_ref().map_or(Sight::Causal, Sight::Masked);
-        attend(&queries, &keys, &values, sight, self.scale)
+        let queries = self.q.f_narrow(0, start, length)?;
+        let held = self.cache.region(self.layer, region, before + length)?;
+        match mask {
+            Some(mask) => self.of_tokens(&queries, held, Sight::Masked(mask)),
+            None => each_head(self.heads, &queries, held, Sight::Causal, self.scale),
+        }
+    }
+
+    /// Tokens that are asked of the same keys and values, as [`each_head`] does, but for the
+    /// mask, `[n · group, m]`: the queries of all tokens and heads that share a key head stand
+    /// as its queries, token after token, so nothing is repeated.
+    fn of_tokens(
+        &self,
+        queries: &Tensor,
+        [keys, values]: [Tensor; 2],
+        sight: Sight<'_>,
+    ) -> Result<Part, TchError> {
+        let count = queries.size()[0];
+        let queries = self.heads.apart(queries)?.f_transpose(0, 1)?.f_flatten(1, 2)?;
+        let Part { output, log_sum_exp } =
+            attend(&queries.f_unsqueeze(0)?, &keys, &values, sight, self.scale)?;
+        let by_token = |x: &Tensor| {
+            let tokens = x.f_squeeze_dim(0)?.f_unflatten(1, [count, -1])?.f_transpose(0, 1)?;
+            self.heads.together(&tokens)
+        };
+        Ok(Part { output: by_token(&output)?, log_sum_exp: by_token(&log_sum_exp)? })
     }
 
     /// Adds a beginning's part to the `output` and `log_sum_exp` of its members.
@@ -154,28 +176,16 @@ impl LayerPass<'_> {
         [output, log_sum_exp]: [&Tensor; 2],
     ) -> Result<(), TchError> {
         let Beginning { region, members, mask } = beginning;
-        let heads = self.heads;
-        // All members' queries of a key head at once: [1, kv_heads, members · group, head_dim].
-        let queries = heads.apart(&self.q.f_index_select(0, members)?)?;
-        let count = queries.size()[0];
-        let queries = queries.f_transpose(0, 1)?.f_flatten(1, 2)?.f_unsqueeze(0)?;
-        let [keys, values] = self.cache.region(self.layer, *region, region.length)?;
-        let mask = match mask {
-            Some(mask) => Some(mask.f_repeat_interleave_self_int(heads.group(), 0, None)?),
-            None => None,
-        };
+        let queries = self.q.f_index_select(0, members)?;
+        let held = self.cache.region(self.layer, *region, region.length)?;
         let sight = mask.as_ref().map_or(Sight::All, Sight::Masked);
-        let part = attend(&queries, &keys, &values, sight, self.scale)?;
-        let by_member = |x: &Tensor| {
-            heads.together(&x.f_squeeze_dim(0)?.f_unflatten(1, [count, -1])?.f_transpose(0, 1)?)
-        };
-        let (theirs, their_sum) = (by_member(&part.output)?, by_member(&part.log_sum_exp)?);
+        let theirs = self.of_tokens(&queries, held, sight)?;
         let ours = output.f_index_select(0, members)?;
         let our_sum = log_sum_exp.f_index_select(0, members)?;
-        let weight = their_sum.f_sub(&our_sum)?.f_sigmoid()?.f_unsqueeze(-1)?;
-        let joined = ours.f_lerp_tensor(&theirs, &weight.f_to_kind(ours.kind())?)?;
+        let weight = theirs.log_sum_exp.f_sub(&our_sum)?.f_sigmoid()?.f_unsqueeze(-1)?;
+        let joined = ours.f_lerp_tensor(&theirs.output, &weight.f_to_kind(ours.kind())?)?;
         let _ = output.shallow_clone().f_index_copy_(0, members, &joined)?;
-        let sum = our_sum.f_logaddexp(&their_sum)?;
+        let sum = our_sum.f_logaddexp(&theirs.log_sum_exp)?;
         let _ = log_sum_exp.shallow_clone().f_index_copy_(0, members, &sum)?;
         Ok(())
     }
@@ -191,10 +201,24 @@ pub(super) fn causal(
 ) -> Result<Tensor, TchError> {
     let heads = Heads { all: q.size()[1], kv: k.size()[1] };
     let head_major = |x: &Tensor| x.f_transpose(0, 1)?.f_unsqueeze(0);
-    let [keys, values] = [heads.repeated(&head_major(k)?)?, heads.repeated(&head_major(v)?)?];
     let sight = mask.map_or(Sight::Causal, Sight::Masked);
-    let part = attend(&head_major(q)?, &keys, &values, sight, scale)?;
-    part.output.f_squeeze_dim(0)?.f_transpose(0, 1)
+    Ok(each_head(heads, q, [head_major(k)?, head_major(v)?], sight, scale)?.output)
+}
+
+/// Tokens, `[n, heads, head_dim]`, that are asked of the same `keys` and `values`, `[1,
+/// kv_heads, m, head_dim]`, which are repeated for the heads that share them: `[n, heads, …]`.
+fn each_head(
+    heads: Heads,
+    queries: &Tensor,
+    [keys, values]: [Tensor; 2],
+    sight: Sight<'_>,
+    scale: f64,
+) -> Result<Part, TchError> {
+    let queries = queries.f_transpose(0, 1)?.f_unsqueeze(0)?;
+    let [keys, values] = [heads.repeated(&keys)?, heads.repeated(&values)?];
+    let part = attend(&queries, &keys, &values, sight, scale)?;
+    let token_major = |x: &Tensor| x.f_squeeze_dim(0)?.f_transpose(0, 1);
+    Ok(Part { output: token_major(&part.output)?, log_sum_exp: token_major(&part.log_sum_exp)? })
 }
 
 /// How many heads there are.

@@ -85,7 +85,8 @@ impl Step {
         }
         let upload = |values: &[i64]| host::upload(values, device);
         let furthest = positions.iter().copied().max().unwrap_or(0);
-        let context = Context { cache, prefixes, stretches, positions: &positions };
+        let group = model.config.num_attention_heads / model.config.num_key_value_heads;
+        let context = Context { cache, prefixes, stretches, positions: &positions, group };
         let options = (model.kind(), device);
         let attention = Attention {
             calls: self.calls(&context, None, options)?,
@@ -119,7 +120,7 @@ impl Step {
     ) -> Result<Calls, TchError> {
         Ok(Calls {
             groups: self.groups(window, options)?,
-            runs: self.runs(context.cache, window, options)?,
+            runs: self.runs(context, window, options)?,
             beginnings: self.beginnings(context, window, options)?,
         })
     }
@@ -146,7 +147,7 @@ impl Step {
 
     fn runs(
         &self,
-        cache: &KvCache,
+        &Context { cache, group, .. }: &Context<'_>,
         window: Option<i64>,
         options: Options,
     ) -> Result<Vec<Run>, TchError> {
@@ -158,7 +159,10 @@ impl Step {
                 let columns = before + length;
                 let mask = match (before, window.filter(|&window| window < columns)) {
                     (0, None) => None,
-                    (_, window) => Some(causal_mask(before, [length, columns], window, options)?),
+                    (_, window) => {
+                        let mask = causal_mask(before, [length, columns], window, options)?;
+                        Some(for_each_head(&mask, group)?)
+                    }
                 };
                 runs.push(Run { start, length, region: region(cache, piece), before, mask });
             }
@@ -174,7 +178,7 @@ impl Step {
         window: Option<i64>,
         options: Options,
     ) -> Result<Vec<Beginning>, TchError> {
-        let Context { prefixes, stretches, positions, .. } = *context;
+        let Context { prefixes, stretches, positions, group, .. } = *context;
         let mut members = std::collections::BTreeMap::<usize, Vec<i64>>::new();
         let mut start = 0;
         for piece in &self.pieces {
@@ -201,7 +205,9 @@ impl Step {
             Ok(Beginning {
                 region,
                 mask: match window.map(out_of_sight) {
-                    Some(hidden) => beginning_mask(&hidden, region.length, options)?,
+                    Some(hidden) => beginning_mask(&hidden, region.length, options)?
+                        .map(|mask| for_each_head(&mask, group))
+                        .transpose()?,
                     None => None,
                 },
                 members: host::upload(&members, options.1)?,
@@ -222,6 +228,8 @@ struct Context<'a> {
     stretches: &'a [Region],
     /// Of each token its place in its conversation.
     positions: &'a [i64],
+    /// Query heads to a head of keys and values.
+    group: i64,
 }
 
 fn region(cache: &KvCache, piece: &Piece) -> Region {
@@ -295,6 +303,16 @@ fn beginning_mask(
     Ok(Some(mask.f_narrow(1, 0, columns)?))
 }
 
+/// A mask, `[n, columns]`, with each line as often as heads share a key head; laid out as
+/// masks are.
+fn for_each_head(mask: &Tensor, group: i64) -> Result<Tensor, TchError> {
+    let (lines, columns) = mask.size2()?;
+    let options = (mask.kind(), mask.device());
+    let wide = Tensor::f_zeros([lines, group, aligned(columns)], options)?;
+    wide.f_narrow(2, 0, columns)?.f_copy_(&mask.f_unsqueeze(1)?)?;
+    wide.f_flatten(0, 1)?.f_narrow(1, 0, columns)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -310,6 +328,15 @@ mod tests {
         // Short rows are not worth a call each.
         assert_eq!(groups(&[(0, 120), (1, 10), (2, 20)]), [(0, 3)]);
         assert_eq!(groups(&[]), []);
+    }
+
+    #[test]
+    #[allow(clippy::unwrap_used)]
+    fn heads_that_share_keys_have_a_line_each_of_an_aligned_mask() {
+        let mask = causal_mask(3, [2, 5], None, (Kind::Float, Device::Cpu)).unwrap();
+        let repeated = for_each_head(&mask, 3).unwrap();
+        assert_eq!(repeated, mask.repeat_interleave_self_int(3, 0, None));
+        assert_eq!(repeated.stride(), [aligned(5), 1]);
     }
 
     #[test]
