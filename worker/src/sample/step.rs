@@ -199,15 +199,15 @@ impl Step {
             let first = prefixes.stretches[stretch].tokens.start as i64;
             let out_of_sight = |window: i64| -> Vec<i64> {
                 let hidden = |&token: &i64| (positions[token as usize] + 1 - window - first).max(0);
-                members.iter().map(hidden).collect()
+                // A line for each of the heads that share a key head.
+                let lines = |hidden| std::iter::repeat_n(hidden, group as usize);
+                members.iter().map(hidden).flat_map(lines).collect()
             };
             let region = stretches[stretch];
             Ok(Beginning {
                 region,
                 mask: match window.map(out_of_sight) {
-                    Some(hidden) => beginning_mask(&hidden, region.length, options)?
-                        .map(|mask| for_each_head(&mask, group))
-                        .transpose()?,
+                    Some(hidden) => beginning_mask(&hidden, region.length, options)?,
                     None => None,
                 },
                 members: host::upload(&members, options.1)?,
@@ -285,8 +285,8 @@ fn padding_mask(
     Ok(Some(mask.f_narrow(3, 0, columns)?))
 }
 
-/// `[members, columns]`: −∞ for as many of a beginning's first tokens as are out of each
-/// member's sight; none where all see all.
+/// `[lines, columns]`: −∞ for as many of a beginning's first tokens as are out of each line's
+/// sight; none where all see all.
 fn beginning_mask(
     hidden: &[i64],
     columns: i64,
