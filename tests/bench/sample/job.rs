@@ -1,6 +1,7 @@
 //! One measured run: what it is told, what it measures, and our side of it.
 
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::hint::black_box;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -52,6 +53,8 @@ pub(crate) struct SampleRun {
     pub(super) peak_bytes: u64,
     /// What it took; of ours alone.
     pub(super) work: Option<Value>,
+    /// What all replies' ids hash to; of ours alone.
+    pub(super) replies: Option<u64>,
     pub(super) versions: BTreeMap<String, String>,
 }
 
@@ -95,6 +98,8 @@ pub(crate) fn run_ours(job: &SampleJob) -> Result<SampleRun> {
     let sampled = Sampler::new(&model)?.sample(&shard, &mut |_| ControlFlow::Continue(()))?;
     let seconds = begun.elapsed().as_secs_f64();
     let work = sampled.work;
+    let mut replies = DefaultHasher::new();
+    sampled.samples.iter().for_each(|sample| sample.tokens.hash(&mut replies));
     Ok(SampleRun {
         seconds,
         lengths: sampled.samples.iter().map(|sample| sample.tokens.len()).collect(),
@@ -105,6 +110,7 @@ pub(crate) fn run_ours(job: &SampleJob) -> Result<SampleRun> {
             "guessed": work.guessed,
             "guessed_right": work.guessed_right,
         })),
+        replies: Some(replies.finish()),
         versions: [("libtorch".to_owned(), LIBTORCH_VERSION.to_owned())].into(),
     })
 }

@@ -54,11 +54,19 @@ impl Report {
         let of_floor = median(of_floor.map(|(floor, run)| floor.seconds / run.seconds))
             .context("ours was not run")?;
         let guesses = Guesses::of(&runs[&Side::Ours]);
-        self.guesses.push(format!("{}: {guesses}", setting.name()));
+        let plain = &runs[&Side::WithoutDrafting];
+        let alike = runs[&Side::Ours].iter().zip(plain).filter(|(a, b)| a.replies == b.replies);
+        let alike = alike.count();
+        self.guesses.push(format!(
+            "{}: {guesses}, and replies as without in {alike} of {} rounds",
+            setting.name(),
+            plain.len()
+        ));
         let mut described = json!({
             "fraction_of_floor": of_floor,
             "guessed": guesses.all,
             "guessed_right": guesses.right,
+            "rounds_with_equal_replies": alike,
             "floors": floors,
             "prompt_tokens": job.prompts.iter().map(Vec::len).sum::<usize>(),
         });

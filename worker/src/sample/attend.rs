@@ -1,5 +1,5 @@
-//! Attention of one step: rows with one new token together, longer runs by themselves,
-//! shared beginnings once for everybody who has them.
+//! Attention of one step: rows that decode together, longer runs by themselves, shared
+//! beginnings once for everybody who has them.
 //!
 //! A token attends to the shared beginnings of its row and to the row's own tokens. These
 //! are attended to apart, and joined: with softmax denominators Z₁ and Z₂,
@@ -15,20 +15,8 @@ use tch::{TchError, Tensor};
 
 use super::cache::{KvCache, Region};
 use super::kernel::{Part, Sight, attend};
+use super::paged::Paged;
 use crate::model::Block;
-
-/// Rows with one new token each, in slots that follow one another.
-#[derive(Debug)]
-pub(super) struct Group {
-    /// Of the step's tokens, its first.
-    pub(super) start: i64,
-    pub(super) rows: i64,
-    pub(super) first_slot: usize,
-    /// Tokens of its longest row, the new one included.
-    pub(super) columns: i64,
-    /// `[rows, 1, 1, columns]`; none where all rows are as long, and see all they have.
-    pub(super) mask: Option<Tensor>,
-}
 
 /// Several new tokens that follow one another.
 #[derive(Debug)]
@@ -36,12 +24,19 @@ pub(super) struct Run {
     /// Of the step's tokens, its first.
     pub(super) start: i64,
     pub(super) length: i64,
-    /// Where the pool has what it goes on with.
-    pub(super) region: Region,
-    /// Tokens there before it.
-    pub(super) before: i64,
+    /// Where the pool has it, if it goes on with something.
+    pub(super) held: Option<Held>,
     /// `[length · group, before + length]`; none where nothing is before it, or out of sight.
     pub(super) mask: Option<Tensor>,
+}
+
+/// Where the pool has a run and what is before it.
+#[derive(Debug)]
+pub(super) enum Held {
+    /// A shared beginning's first tokens.
+    Beginning { region: Region, tokens: i64 },
+    /// A row's tokens, in these pages (i64).
+    Pages { pages: Tensor, tokens: i64 },
 }
 
 /// A shared beginning, and who of the step attends to it.
@@ -58,7 +53,8 @@ pub(super) struct Beginning {
 /// A layer's calls.
 #[derive(Debug)]
 pub(super) struct Calls {
-    pub(super) groups: Vec<Group>,
+    /// The rows that decode, whose tokens are the step's first.
+    pub(super) paged: Option<Paged>,
     pub(super) runs: Vec<Run>,
     pub(super) beginnings: Vec<Beginning>,
 }
@@ -72,6 +68,8 @@ pub(super) struct Attention<'a> {
     pub(super) windowed: Option<Calls>,
     /// Where the pool takes the step's tokens, `[tokens · kv_heads]`, i64.
     pub(super) places: Tensor,
+    /// Pages in use.
+    pub(super) pages: i64,
 }
 
 impl Attention<'_> {
@@ -88,21 +86,27 @@ impl Attention<'_> {
         self.cache.store(layer, &self.places, k, v)?;
         let heads = Heads { all: q.size()[1], kv: k.size()[1] };
         let windowed = self.windowed.as_ref().filter(|_| block.window().is_some());
-        let Calls { groups, runs, beginnings } = windowed.unwrap_or(&self.calls);
-        let pass = LayerPass { cache: self.cache, layer, heads, scale: block.attention_scale(), q };
-        if let ([group], [], []) = (&groups[..], &runs[..], &beginnings[..]) {
-            return Ok(pass.of_group(group)?.output);
-        }
-        let mut parts = Vec::with_capacity(groups.len() + runs.len());
-        for group in groups {
-            parts.push(pass.of_group(group)?);
+        let Calls { paged, runs, beginnings } = windowed.unwrap_or(&self.calls);
+        let scale = block.attention_scale();
+        let pass = LayerPass { attention: self, layer, heads, scale, qkv: [q, k, v] };
+        let (mut outputs, mut log_sums) = (Vec::new(), Vec::new());
+        if let Some(paged) = paged {
+            let [keys, values] = self.cache.pages(layer, self.pages)?;
+            let queries = q.f_narrow(0, 0, paged.tokens())?;
+            let wants_sums = !beginnings.is_empty();
+            let (output, sums) = paged.attend(&queries, [&keys, &values], scale, wants_sums)?;
+            outputs.push(output);
+            log_sums.extend(sums);
         }
         for run in runs {
-            parts.push(pass.of_run(run)?);
+            let Part { output, log_sum_exp } = pass.of_run(run)?;
+            outputs.push(output);
+            log_sums.push(log_sum_exp);
         }
-        let (outputs, log_sums): (Vec<_>, Vec<_>) =
-            parts.into_iter().map(|part| (part.output, part.log_sum_exp)).unzip();
-        let output = Tensor::f_cat(&outputs, 0)?;
+        let output = match &outputs[..] {
+            [output] => output.shallow_clone(),
+            outputs => Tensor::f_cat(outputs, 0)?,
+        };
         if beginnings.is_empty() {
             return Ok(output);
         }
@@ -117,35 +121,47 @@ impl Attention<'_> {
 /// One layer's queries, and what they are asked of.
 #[derive(Debug)]
 struct LayerPass<'a> {
-    cache: &'a KvCache,
+    attention: &'a Attention<'a>,
     layer: usize,
     heads: Heads,
     /// What scores are multiplied by.
     scale: f64,
-    q: &'a Tensor,
+    /// Of the step's tokens.
+    qkv: [&'a Tensor; 3],
 }
 
 impl LayerPass<'_> {
-    /// Each row's query heads stand as queries of the key head that they share, so
-    /// nothing is repeated: `[rows, kv_heads, group, head_dim]`.
-    fn of_group(&self, group: &Group) -> Result<Part, TchError> {
-        let Group { start, rows, first_slot, columns, ref mask } = *group;
-        let queries = self.heads.apart(&self.q.f_narrow(0, start, rows)?)?;
-        let [keys, values] = self.cache.slots(self.layer, first_slot, rows, columns)?;
-        let sight = mask.as_ref().map_or(Sight::All, Sight::Masked);
-        let part = attend(&queries, &keys, &values, sight, self.scale)?;
-        let [output, log_sum_exp] =
-            [&part.output, &part.log_sum_exp].map(|x| self.heads.together(x));
-        Ok(Part { output: output?, log_sum_exp: log_sum_exp? })
-    }
-
     fn of_run(&self, run: &Run) -> Result<Part, TchError> {
-        let Run { start, length, region, before, ref mask } = *run;
-        let queries = self.q.f_narrow(0, start, length)?;
-        let held = self.cache.region(self.layer, region, before + length)?;
+        let Run { start, length, ref held, ref mask } = *run;
+        let new = |x: &Tensor| x.f_narrow(0, start, length);
+        let [queries, keys, values] = self.qkv;
+        let queries = new(queries)?;
+        let held = match held {
+            Some(held) => self.held(held)?,
+            None => {
+                let head_major = |x: &Tensor| new(x)?.f_transpose(0, 1)?.f_unsqueeze(0);
+                [head_major(keys)?, head_major(values)?]
+            }
+        };
         match mask {
             Some(mask) => self.of_tokens(&queries, held, Sight::Masked(mask)),
             None => each_head(self.heads, &queries, held, Sight::Causal, self.scale),
+        }
+    }
+
+    /// Keys and values, `[1, kv_heads, tokens, head_dim]`; a row's are gathered.
+    fn held(&self, held: &Held) -> Result<[Tensor; 2], TchError> {
+        let Attention { cache, pages: used, .. } = *self.attention;
+        match *held {
+            Held::Beginning { region, tokens } => cache.beginning(self.layer, region, tokens),
+            Held::Pages { ref pages, tokens } => {
+                let [keys, values] = cache.pages(self.layer, used)?;
+                let gather = |x: &Tensor| {
+                    let theirs = x.f_index_select(0, pages)?.f_transpose(0, 1)?.f_flatten(1, 2)?;
+                    theirs.f_narrow(1, 0, tokens)?.f_unsqueeze(0)
+                };
+                Ok([gather(&keys)?, gather(&values)?])
+            }
         }
     }
 
@@ -176,8 +192,9 @@ impl LayerPass<'_> {
         [output, log_sum_exp]: [&Tensor; 2],
     ) -> Result<(), TchError> {
         let Beginning { region, members, mask } = beginning;
-        let queries = self.q.f_index_select(0, members)?;
-        let held = self.cache.region(self.layer, *region, region.length)?;
+        let [queries, ..] = self.qkv;
+        let queries = queries.f_index_select(0, members)?;
+        let held = self.attention.cache.beginning(self.layer, *region, region.length)?;
         let sight = mask.as_ref().map_or(Sight::All, Sight::Masked);
         let theirs = self.of_tokens(&queries, held, sight)?;
         let ours = output.f_index_select(0, members)?;

@@ -1,34 +1,37 @@
-//! The KV cache: one preallocated pool, in which each row has a slot and each shared
-//! beginning a stretch.
+//! The KV cache: one preallocated pool, in which each shared beginning has a stretch, and
+//! rows have pages.
 
 use tch::{Device, Kind, TchError, Tensor};
 
+use super::pages::Copied;
+use crate::host;
 use crate::model::ModelConfig;
+
+/// Tokens of a page. Fewer leave less of a row's last page empty, and cost attention more
+/// for each.
+pub(super) const PAGE: usize = 64;
 
 /// Keys and values of every token that later ones attend to.
 ///
 /// ```text
-/// pool   | shared beginnings … | slot 0 | slot 1 | …            tokens, layer by layer
+/// pool   | shared beginnings … | page 0 | page 1 | …            tokens, layer by layer
 /// ```
 ///
-/// A slot holds a row's own tokens from its start: the rest of its prompt, and its
-/// reply. Rows are moved together when one ends, so live rows have the first slots.
+/// A row's own tokens, the rest of its prompt and its reply, are in its pages, wherever
+/// these are (see [`Pages`](super::pages::Pages)).
 ///
-/// Each beginning and each slot is a region of `[kv_heads, tokens, head_dim]`: a head's
-/// tokens lie side by side, as attention reads them, and the heads of neighbouring slots
-/// at equal distances.
+/// Each beginning and each page is a region of `[kv_heads, tokens, head_dim]`: a head's
+/// tokens lie side by side, as attention reads them.
 #[derive(Debug)]
 pub(super) struct KvCache {
     /// Per layer, `[tokens · kv_heads, head_dim]` of keys and of values.
     layers: Vec<[Tensor; 2]>,
     kv_heads: i64,
-    /// Tokens of all shared beginnings.
+    /// Tokens ahead of the pages.
     shared: i64,
-    /// Tokens of a slot.
-    columns: i64,
 }
 
-/// Where a beginning or a slot is in the pool, in tokens.
+/// Where a beginning or a page is in the pool, in tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Region {
     pub(super) start: i64,
@@ -40,15 +43,15 @@ pub(super) struct Region {
 pub(super) struct Division {
     /// Tokens of all shared beginnings.
     pub(super) shared: i64,
-    /// Slots.
+    /// Rows that have pages at once.
     pub(super) rows: i64,
-    /// Tokens of a slot.
-    pub(super) columns: i64,
+    /// Pages of the longest.
+    pub(super) pages: i64,
 }
 
 impl Division {
     fn tokens(self) -> i64 {
-        self.shared + self.rows * self.columns
+        self.shared + self.rows * self.pages * PAGE as i64
     }
 }
 
@@ -61,7 +64,7 @@ pub(super) fn bytes_per_token(config: &ModelConfig, kind: Kind) -> i64 {
 impl KvCache {
     /// A pool of no tokens.
     pub(super) fn empty() -> Self {
-        Self { layers: Vec::new(), kv_heads: 1, shared: 0, columns: 0 }
+        Self { layers: Vec::new(), kv_heads: 1, shared: 0 }
     }
 
     /// Divides the pool anew; what it held is forgotten. It grows when it must.
@@ -84,7 +87,7 @@ impl KvCache {
                 self.layers.push([zeros()?, zeros()?]);
             }
         }
-        (self.shared, self.columns) = (division.shared, division.columns);
+        self.shared = division.shared;
         Ok(())
     }
 
@@ -93,9 +96,10 @@ impl KvCache {
         self.layers.first().map_or(0, |[keys, _]| keys.size()[0] / self.kv_heads)
     }
 
-    /// Where a slot is.
-    pub(super) fn slot(&self, slot: usize) -> Region {
-        Region { start: self.shared + slot as i64 * self.columns, length: self.columns }
+    /// Where a page is.
+    pub(super) fn page(&self, page: usize) -> Region {
+        let length = PAGE as i64;
+        Region { start: self.shared + page as i64 * length, length }
     }
 
     /// Where the pool takes each head of a region's token: rows of it.
@@ -119,52 +123,49 @@ impl KvCache {
         Ok(())
     }
 
-    /// Keys and values of a region's first `tokens`, `[1, kv_heads, tokens, head_dim]`.
-    pub(super) fn region(
-        &self,
-        layer: usize,
-        region: Region,
-        tokens: i64,
-    ) -> Result<[Tensor; 2], TchError> {
-        self.regions(layer, region, 1, tokens)
-    }
-
-    /// The first `columns` tokens of `rows` slots from `first` on,
-    /// `[rows, kv_heads, columns, head_dim]`.
-    pub(super) fn slots(
-        &self,
-        layer: usize,
-        first: usize,
-        rows: i64,
-        columns: i64,
-    ) -> Result<[Tensor; 2], TchError> {
-        self.regions(layer, self.slot(first), rows, columns)
-    }
-
-    /// The first `tokens` of `count` regions of equal length that follow one another.
-    fn regions(
+    /// Keys and values of a beginning's first `tokens`, `[1, kv_heads, tokens, head_dim]`.
+    pub(super) fn beginning(
         &self,
         layer: usize,
         Region { start, length }: Region,
-        count: i64,
         tokens: i64,
     ) -> Result<[Tensor; 2], TchError> {
-        let [keys, values] = &self.layers[layer];
         let view = |pool: &Tensor| {
-            pool.f_narrow(0, start * self.kv_heads, count * length * self.kv_heads)?
-                .f_unflatten(0, [count, self.kv_heads, length])?
+            pool.f_narrow(0, start * self.kv_heads, length * self.kv_heads)?
+                .f_unflatten(0, [1, self.kv_heads, length])?
                 .f_narrow(2, 0, tokens)
         };
+        let [keys, values] = &self.layers[layer];
         Ok([view(keys)?, view(values)?])
     }
 
-    /// Copies the first `length` tokens of slot `from` to slot `to`.
-    pub(super) fn copy(&self, from: usize, to: usize, length: i64) -> Result<(), TchError> {
+    /// Keys and values of the first `count` pages, `[count, kv_heads, PAGE, head_dim]`: views
+    /// without a gap.
+    pub(super) fn pages(&self, layer: usize, count: i64) -> Result<[Tensor; 2], TchError> {
+        let length = PAGE as i64;
+        let view = |pool: &Tensor| {
+            let rows = count * self.kv_heads * length;
+            let first = self.shared * self.kv_heads;
+            pool.f_narrow(0, first, rows)?.f_unflatten(0, [count, self.kv_heads, length])
+        };
+        let [keys, values] = &self.layers[layer];
+        Ok([view(keys)?, view(values)?])
+    }
+
+    /// Copies pages, of which none is both read and written.
+    pub(super) fn copy(&self, copies: &[Copied]) -> Result<(), TchError> {
+        let Some([keys, _]) = self.layers.first() else { return Ok(()) };
+        if copies.is_empty() {
+            return Ok(());
+        }
+        let [from, to] = [|copied: &Copied| copied.from, |copied: &Copied| copied.to];
+        let both = copies.iter().map(from).chain(copies.iter().map(to));
+        let both: Vec<i64> = both.map(|page| page as i64).collect();
+        let both = host::upload(&both, keys.device())?.f_chunk(2, 0)?;
+        let most = copies.iter().map(|&Copied { from, to }| from.max(to)).max().unwrap_or(0);
         for layer in 0..self.layers.len() {
-            let from = self.region(layer, self.slot(from), length)?;
-            let to = self.region(layer, self.slot(to), length)?;
-            for (mut to, from) in to.into_iter().zip(from) {
-                to.f_copy_(&from)?;
+            for mut pool in self.pages(layer, most as i64 + 1)? {
+                let _ = pool.f_index_copy_(0, &both[1], &pool.f_index_select(0, &both[0])?)?;
             }
         }
         Ok(())

@@ -7,8 +7,9 @@
 
 use std::collections::HashMap;
 
-/// Tokens that must stand together for what follows them to be a guess.
-const GRAM: usize = 3;
+/// Tokens that must stand together for what follows them to be a guess: the more, the likelier
+/// it is right, so longer runs are looked up first.
+const GRAMS: [usize; 3] = [4, 3, 2];
 
 /// Tokens of the first guess, and of any.
 const FIRST: usize = 4;
@@ -17,12 +18,12 @@ const LONGEST: usize = 16;
 /// Steps that a row pauses for after guesses that all failed: twice as long each time.
 const LONGEST_PAUSE: u32 = 256;
 
-/// One row's text as ids, and where each run of [`GRAM`] tokens stood last.
+/// One row's text as ids, and where each run of so many tokens stood last.
 #[derive(Debug)]
 pub(super) struct Lookup {
     text: Vec<u32>,
     /// Where the token behind each run is, but for the run at the end.
-    behind: HashMap<[u32; GRAM], usize>,
+    behind: HashMap<Box<[u32]>, usize>,
     length: usize,
     pause: u32,
     next_pause: u32,
@@ -43,8 +44,8 @@ impl Lookup {
 
     /// The row's text goes on with `id`.
     pub(super) fn push(&mut self, id: u32) {
-        if let Some(run) = self.last_run() {
-            self.behind.insert(run, self.text.len());
+        for run in last_runs(&self.text) {
+            self.behind.insert(run.into(), self.text.len());
         }
         self.text.push(id);
     }
@@ -56,7 +57,7 @@ impl Lookup {
             self.pause -= 1;
             return &[];
         }
-        let found = self.last_run().and_then(|run| self.behind.get(&run).copied());
+        let found = last_runs(&self.text).find_map(|run| self.behind.get(run).copied());
         let Some(start) = found else { return &[] };
         let end = self.text.len().min(start + self.length.min(room));
         &self.text[start..end]
@@ -75,10 +76,11 @@ impl Lookup {
             }
         }
     }
+}
 
-    fn last_run(&self) -> Option<[u32; GRAM]> {
-        self.text.last_chunk().copied()
-    }
+/// The runs at a text's end, the longest first.
+fn last_runs(text: &[u32]) -> impl Iterator<Item = &[u32]> {
+    GRAMS.iter().filter_map(|&length| text.len().checked_sub(length).map(|start| &text[start..]))
 }
 
 #[cfg(test)]
@@ -88,10 +90,11 @@ mod tests {
     #[test]
     fn what_followed_before_is_guessed() {
         let mut lookup = Lookup::new(&[1, 2, 3, 4, 5, 6, 7, 8, 9]);
+        lookup.push(1);
         assert!(lookup.guess(8).is_empty());
-        for id in [1, 2, 3] {
-            lookup.push(id);
-        }
+        lookup.push(2);
+        assert_eq!(lookup.guess(8), [3, 4, 5, 6]);
+        lookup.push(3);
         assert_eq!(lookup.guess(8), [4, 5, 6, 7]);
         assert_eq!(lookup.guess(2), [4, 5]);
         lookup.learn(4, 4);
@@ -104,8 +107,18 @@ mod tests {
     }
 
     #[test]
+    fn the_longest_run_counts() {
+        let mut lookup = Lookup::new(&[1, 2, 3, 4, 9, 3, 4, 8, 2, 3, 4, 7]);
+        let guesses = [(&[5, 3, 4][..], 7), (&[5, 2, 3, 4], 7), (&[1, 2, 3, 4], 9)];
+        for (ids, expected) in guesses {
+            ids.iter().for_each(|&id| lookup.push(id));
+            assert_eq!(lookup.guess(1), [expected], "behind {ids:?}");
+        }
+    }
+
+    #[test]
     fn a_run_does_not_find_itself() {
-        let mut lookup = Lookup::new(&[7, 7, 7]);
+        let mut lookup = Lookup::new(&[7, 7]);
         assert!(lookup.guess(4).is_empty());
         lookup.push(7);
         assert_eq!(lookup.guess(4), [7]);

@@ -10,7 +10,7 @@
 //!    │
 //!    ▼
 //!  rows: admit, plan ──▶ step: forward ──▶ pick: choose ──▶ rows: take, finish ──┐
-//!    ▲                     │ attend, cache                                       │
+//!    ▲                     │ attend, paged, cache                                │
 //!    └─────────────────────────────────────────── next step ─────────────────────┘
 //! ```
 //!
@@ -24,6 +24,8 @@ mod cache;
 mod draft;
 mod embed;
 mod kernel;
+mod paged;
+mod pages;
 mod pick;
 mod prefix;
 mod rows;

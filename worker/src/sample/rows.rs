@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 
 use super::cache::Region;
 use super::draft::Lookup;
+use super::pages::{Copied, Pages};
 use super::pick::{Draw, Drawn};
 use super::prefix::{Prefixes, common_prefix};
 use super::step::{Owner, Piece, Step};
@@ -12,8 +13,12 @@ use super::{Finish, Prompt, Sample, SamplingParams, Shard, Uniforms, Work};
 /// Tokens of prompts in one step at most, so that rows which decode do not wait long.
 const PREFILL_TOKENS: usize = 512;
 
+/// Tokens that a row may be ahead of the shortest reply and still guess, where no prompt waits:
+/// a step with a guess takes longer, and then only who will be last matters.
+const AHEAD: usize = 8;
+
 /// Tokens with which two rows must begin alike for one to copy them from the other. Copying
-/// takes two small operations a layer, which is a token's time on a CPU, and about that of
+/// takes four small operations a layer, which is a token's time on a CPU, and about that of
 /// so many tokens of a 7B model on a GPU.
 const LEAST_COPIED: usize = 16;
 
@@ -52,6 +57,7 @@ pub(super) struct Rows<'a> {
     prefixes: &'a Prefixes,
     /// By slot.
     live: Vec<Row>,
+    pages: Pages,
     slots: usize,
     /// Tokens of a step that cost no more than one.
     draft_tokens: usize,
@@ -76,6 +82,7 @@ impl<'a> Rows<'a> {
             shard,
             prefixes,
             live: Vec::new(),
+            pages: Pages::default(),
             slots,
             draft_tokens,
             waiting: (0..shard.prompts.len()).collect(),
@@ -99,6 +106,11 @@ impl<'a> Rows<'a> {
         (tokens as u64, ended.count() as u32)
     }
 
+    /// Where the pool has the rows' tokens.
+    pub(super) fn pages(&self) -> &Pages {
+        &self.pages
+    }
+
     pub(super) fn into_samples(self) -> Vec<Sample> {
         self.samples.into_iter().flatten().collect()
     }
@@ -115,6 +127,7 @@ impl<'a> Rows<'a> {
                 self.stretches[stretch].get_or_insert(0);
             }
             let shared = self.prefixes.length(last);
+            self.pages.admit();
             self.live.push(Row {
                 at,
                 shared,
@@ -144,9 +157,10 @@ impl<'a> Rows<'a> {
         worth_it.rev().max_by_key(|donor| donor.common)
     }
 
-    /// What rows are given that waited for another's first tokens, which are there now. Each
-    /// waits for one that was admitted before it, so that one of them can always go on.
-    pub(super) fn copies(&mut self) -> Vec<Copied> {
+    /// What rows are given that waited for another's first tokens, which are there now: row
+    /// after row. Each waits for one that was admitted before it, so that one of them can
+    /// always go on.
+    pub(super) fn copies(&mut self) -> Vec<Vec<Copied>> {
         let mut copies = Vec::new();
         for to in 0..self.live.len() {
             let Some(Donor { at, common }) = self.live[to].donor else { continue };
@@ -155,7 +169,7 @@ impl<'a> Rows<'a> {
                 Some((_, computed)) if computed < common => continue,
                 Some((from, _)) => {
                     self.live[to].computed = common;
-                    copies.push(Copied { from, to, length: common });
+                    copies.push(self.pages.copy(from, to, common));
                 }
                 // It has ended.
                 None => {}
@@ -196,9 +210,16 @@ impl<'a> Rows<'a> {
         }
         // Beside prompts, or many rows, a guess is not cheap.
         let free = if room == PREFILL_TOKENS { self.draft_tokens } else { 0 };
-        let guess_room = free.saturating_sub(decoding.len()) / decoding.len().max(1);
-        for slot in decoding {
-            pieces.push(self.reply_piece(slot, guess_room));
+        let length = |slot: &usize| self.live[*slot].reply.len();
+        let most = match self.waiting.is_empty() {
+            true => decoding.iter().map(length).min().unwrap_or(0) + AHEAD,
+            false => usize::MAX,
+        };
+        let (guessing, plain): (Vec<usize>, Vec<usize>) =
+            decoding.into_iter().partition(|slot| length(slot) <= most);
+        let guess_room = free.saturating_sub(guessing.len() + plain.len()) / guessing.len().max(1);
+        for (slots, guess_room) in [(guessing, guess_room), (plain, 0)] {
+            pieces.extend(slots.into_iter().map(|slot| self.reply_piece(slot, guess_room)));
         }
         self.work.steps += 1;
         self.work.prefilled += (PREFILL_TOKENS - room) as u64;
@@ -220,6 +241,7 @@ impl<'a> Rows<'a> {
         let tokens = own[row.computed..row.computed + length].to_vec();
         let (before, end) = (row.computed, row.computed + length);
         row.computed = end;
+        self.pages.hold(slot, end);
         *room -= length;
         let wanted = usize::from(end == own.len());
         Some(Piece { owner: Owner::Slot(slot), tokens, before, behind, wanted })
@@ -237,6 +259,7 @@ impl<'a> Rows<'a> {
         row.guess = guess.to_vec();
         let tokens = row.reply.last().copied().into_iter().chain(row.guess.iter().copied());
         let tokens: Vec<u32> = tokens.collect();
+        self.pages.hold(slot, row.computed + tokens.len());
         Piece {
             owner: Owner::Slot(slot),
             wanted: tokens.len(),
@@ -262,8 +285,8 @@ impl<'a> Rows<'a> {
         draws
     }
 
-    /// Takes what was drawn for `step`. Returns the slots that rows have left, the last
-    /// first: into each moves the row of the last slot, of so many tokens.
+    /// Takes what was drawn for `step`. The rows of the last slots move into those that others
+    /// have left; returned is what moves in the pool.
     pub(super) fn take(&mut self, step: &Step, drawn: &[Drawn]) -> Vec<Copied> {
         let mut rest = drawn;
         let mut ended = Vec::new();
@@ -277,26 +300,14 @@ impl<'a> Rows<'a> {
             }
         }
         ended.sort_unstable_by_key(|&(slot, _)| std::cmp::Reverse(slot));
-        let mut moves = Vec::new();
-        for (slot, finish) in ended {
+        for &(slot, finish) in &ended {
             let Row { at, reply, logps, .. } = self.live.swap_remove(slot);
             let Prompt { prompt, index, .. } = self.shard.prompts[at];
             self.samples[at] = Some(Sample { prompt, index, tokens: reply, logps, finish });
-            if let Some(moved) = self.live.get(slot) {
-                moves.push(Copied { from: self.live.len(), to: slot, length: moved.computed });
-            }
         }
-        moves
+        let slots: Vec<usize> = ended.into_iter().map(|(slot, _)| slot).collect();
+        self.pages.release(&slots)
     }
-}
-
-/// A slot's first tokens, which another gets.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct Copied {
-    pub(super) from: usize,
-    pub(super) to: usize,
-    /// How many they are.
-    pub(super) length: usize,
 }
 
 impl Row {
@@ -343,5 +354,52 @@ impl Row {
             }
         }
         finish
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sample::SamplingEngine;
+
+    /// New tokens of slots 0 and 1 in the steps in which these guess, rightly in slot 0 and
+    /// wrongly in slot 1; of `prompts` alike.
+    fn guesses(prompts: u64) -> Vec<[usize; 2]> {
+        let prompt = |prompt| {
+            // From the first token on they are no copies of each other.
+            let tokens = std::iter::once(100 + prompt as u32).chain(0..60).chain(0..2);
+            Prompt { prompt, index: 0, tokens: tokens.collect() }
+        };
+        let shard = Shard {
+            seed: 1,
+            iteration: 1,
+            params: SamplingParams { max_new_tokens: 60, ..SamplingParams::default() },
+            engine: SamplingEngine::default(),
+            prompts: (0..prompts).map(prompt).collect(),
+        };
+        let prefixes = Prefixes::none(shard.prompts.len());
+        let mut rows = Rows::new(&shard, &prefixes, &[], 2, 16);
+        rows.admit();
+        let drawn = |id: u32| Drawn { id, logp: 0.0 };
+        let step = rows.next_step();
+        assert!(rows.take(&step, &[drawn(2), drawn(2)]).is_empty());
+        let mut lengths = Vec::new();
+        let (mut right, mut wrong) = (3.., 200..);
+        for _ in 0..4 {
+            let step = rows.next_step();
+            let of_step = [0, 1].map(|slot| step.pieces[slot].tokens.len());
+            let mut ids: Vec<Drawn> = right.by_ref().take(of_step[0]).map(drawn).collect();
+            ids.extend(wrong.by_ref().take(of_step[1]).map(drawn));
+            assert!(rows.take(&step, &ids).is_empty());
+            lengths.push(of_step);
+        }
+        lengths
+    }
+
+    #[test]
+    fn who_is_ahead_guesses_for_those_that_wait_alone() {
+        // Four tokens, then as many as there is room for; the other finds nothing behind new ones.
+        assert_eq!(guesses(2), [[5, 5], [8, 1], [1, 1], [1, 1]]);
+        assert_eq!(guesses(3), [[5, 5], [8, 1], [8, 1], [8, 1]]);
     }
 }

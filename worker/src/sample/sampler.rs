@@ -4,10 +4,11 @@ use std::ops::ControlFlow;
 
 use tch::{Device, TchError, Tensor};
 
-use super::cache::{Division, KvCache, Region, bytes_per_token};
+use super::cache::{Division, KvCache, PAGE, Region, bytes_per_token};
 use super::pick::choose;
 use super::prefix::Prefixes;
-use super::rows::{Copied, Rows};
+use super::rows::Rows;
+use super::step::Memory;
 use super::{Progress, Prompt, Sample, SampleError, SamplingParams, Shard, Work};
 use crate::model::ops::multiply;
 use crate::model::{Decoder, check_tokens};
@@ -62,13 +63,21 @@ impl Sampler {
         let mut rows = Rows::new(shard, &prefixes, &places, division.rows as usize, draft_tokens);
         while !rows.are_done() {
             rows.admit();
-            self.copy(&rows.copies())?;
+            for copies in rows.copies() {
+                self.cache.copy(&copies)?;
+            }
             let step = rows.next_step();
-            let hidden = step.forward(&self.model, &self.cache, &prefixes, &places)?;
+            let memory = Memory {
+                cache: &self.cache,
+                pages: rows.pages(),
+                prefixes: &prefixes,
+                stretches: &places,
+            };
+            let hidden = step.forward(&self.model, &memory)?;
             if hidden.size()[0] > 0 {
                 let logits = self.logits(&hidden)?;
                 let drawn = choose(&logits, &shard.params, &rows.draws(&step))?;
-                self.copy(&rows.take(&step, &drawn))?;
+                self.cache.copy(&rows.take(&step, &drawn))?;
             }
             let (tokens, finished) = rows.drawn();
             if observe(Progress { tokens, finished }).is_break() {
@@ -95,17 +104,11 @@ impl Sampler {
             |(at, prompt): (usize, &&[u32])| prompt.len() - prefixes.length(prefixes.last[at]);
         let longest = prompts.iter().enumerate().map(own).max().unwrap_or(0);
         // The last token of a reply is never computed.
-        let columns = longest as i64 + i64::from(shard.params.max_new_tokens) - 1;
+        let pages =
+            (longest + shard.params.max_new_tokens as usize - 1).div_ceil(PAGE).max(1) as i64;
         let most = prompts.len().min(shard.engine.max_rows as usize) as i64;
-        let rows = ((tokens - shared) / columns.max(1)).clamp(1, most.max(1));
-        (prefixes, Division { shared, rows, columns })
-    }
-
-    fn copy(&self, copies: &[Copied]) -> Result<(), TchError> {
-        for &Copied { from, to, length } in copies {
-            self.cache.copy(from, to, length as i64)?;
-        }
-        Ok(())
+        let rows = ((tokens - shared) / (pages * PAGE as i64)).clamp(1, most.max(1));
+        (prefixes, Division { shared, rows, pages })
     }
 
     fn logits(&self, hidden: &Tensor) -> Result<Tensor, TchError> {

@@ -1,20 +1,15 @@
 //! One forward pass over the new tokens of all rows, packed.
 
-use std::ops::Range;
-
 use tch::{Device, Kind, TchError, Tensor};
 
-use super::attend::{Attention, Beginning, Calls, Group, Run};
-use super::cache::{KvCache, Region};
+use super::attend::{Attention, Beginning, Calls, Held, Run};
+use super::cache::{KvCache, PAGE, Region};
+use super::paged::{Decoding, Paged};
+use super::pages::Pages;
 use super::prefix::Prefixes;
 use crate::host;
 use crate::model::Decoder;
 use crate::model::ops::{aligned, causal_mask};
-
-/// Columns that padding may add to a group: a share of what its rows hold, and what a
-/// call of its own would cost anyway.
-const PADDING_SHARE: f64 = 0.25;
-const PADDING_COLUMNS: i64 = 256;
 
 /// Whose tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,8 +34,35 @@ pub(super) struct Piece {
 }
 
 impl Piece {
-    fn is_single(&self) -> bool {
-        self.tokens.len() == 1 && matches!(self.owner, Owner::Slot(_))
+    /// The slot of a row that decodes: all of its new tokens predict.
+    fn decoding(&self) -> Option<usize> {
+        match self.owner {
+            Owner::Slot(slot) if self.wanted == self.tokens.len() => Some(slot),
+            _ => None,
+        }
+    }
+}
+
+/// Where a step finds what was computed before.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Memory<'a> {
+    pub(super) cache: &'a KvCache,
+    pub(super) pages: &'a Pages,
+    pub(super) prefixes: &'a Prefixes,
+    /// Where the pool has each shared stretch.
+    pub(super) stretches: &'a [Region],
+}
+
+impl Memory<'_> {
+    /// Where the pool has an owner's token: a region, and its place there.
+    fn place(&self, owner: Owner, token: usize) -> (Region, i64) {
+        match owner {
+            Owner::Slot(slot) => {
+                let page = self.pages.of(slot)[token / PAGE];
+                (self.cache.page(page), (token % PAGE) as i64)
+            }
+            Owner::Stretch(region) => (region, token as i64),
+        }
     }
 }
 
@@ -51,42 +73,34 @@ pub(super) struct Step {
 }
 
 impl Step {
-    /// Rows with one token first, in the order of their slots.
+    /// Rows that decode first, in the order of their slots.
     pub(super) fn new(mut pieces: Vec<Piece>) -> Self {
-        pieces.sort_by_key(|piece| match piece.owner {
-            Owner::Slot(slot) if piece.is_single() => (false, slot),
-            _ => (true, 0),
-        });
+        pieces.sort_by_key(|piece| piece.decoding().map_or((true, 0), |slot| (false, slot)));
         Self { pieces }
     }
 
     /// Computes the pieces, and stores their keys and values: the hidden states that are
     /// wanted, `[wanted, hidden]`, piece after piece.
-    pub(super) fn forward(
-        &self,
-        model: &Decoder,
-        cache: &KvCache,
-        prefixes: &Prefixes,
-        stretches: &[Region],
-    ) -> Result<Tensor, TchError> {
+    pub(super) fn forward(&self, model: &Decoder, memory: &Memory<'_>) -> Result<Tensor, TchError> {
         let device = model.device();
         let (mut ids, mut positions, mut places) = (Vec::new(), Vec::new(), Vec::new());
         let mut wanted = Vec::new();
         for piece in &self.pieces {
-            let length = piece.tokens.len() as i64;
-            let region = region(cache, piece);
-            let position = (prefixes.length(piece.behind) + piece.before) as i64;
+            let length = piece.tokens.len();
+            let position = (memory.prefixes.length(piece.behind) + piece.before) as i64;
             ids.extend(piece.tokens.iter().copied().map(i64::from));
-            positions.extend(position..position + length);
-            let before = piece.before as i64;
-            places.extend((before..before + length).flat_map(|at| cache.rows_of(region, at)));
+            positions.extend(position..position + length as i64);
+            for token in piece.before..piece.before + length {
+                let (region, at) = memory.place(piece.owner, token);
+                places.extend(memory.cache.rows_of(region, at));
+            }
             let end = ids.len() as i64;
             wanted.extend(end - piece.wanted as i64..end);
         }
         let upload = |values: &[i64]| host::upload(values, device);
         let furthest = positions.iter().copied().max().unwrap_or(0);
-        let group = model.config.num_attention_heads / model.config.num_key_value_heads;
-        let context = Context { cache, prefixes, stretches, positions: &positions, group };
+        let heads = [model.config.num_attention_heads, model.config.num_key_value_heads];
+        let context = Context { memory, positions: &positions, heads };
         let options = (model.kind(), device);
         let attention = Attention {
             calls: self.calls(&context, None, options)?,
@@ -98,7 +112,8 @@ impl Step {
                 _ => None,
             },
             places: upload(&places)?,
-            cache,
+            cache: memory.cache,
+            pages: memory.pages.used() as i64,
         };
         let rotations = model.rotations(&upload(&positions)?)?;
         let mut h = model.embed(&upload(&ids)?)?;
@@ -119,35 +134,33 @@ impl Step {
         options: Options,
     ) -> Result<Calls, TchError> {
         Ok(Calls {
-            groups: self.groups(window, options)?,
+            paged: self.paged(context, window, options)?,
             runs: self.runs(context, window, options)?,
             beginnings: self.beginnings(context, window, options)?,
         })
     }
 
-    fn groups(&self, window: Option<i64>, options: Options) -> Result<Vec<Group>, TchError> {
-        let single = |piece: &Piece| match piece.owner {
-            Owner::Slot(slot) if piece.is_single() => Some((slot, piece.before as i64 + 1)),
-            _ => None,
+    fn paged(
+        &self,
+        &Context { memory: Memory { pages, .. }, heads, .. }: &Context<'_>,
+        window: Option<i64>,
+        options: Options,
+    ) -> Result<Option<Paged>, TchError> {
+        let row = |piece: &Piece| {
+            let slot = piece.decoding()?;
+            let (before, tokens) = (piece.before, piece.tokens.len());
+            Some(Decoding { pages: pages.of(slot), before, tokens })
         };
-        let rows: Vec<(usize, i64)> = self.pieces.iter().map_while(single).collect();
-        let group = |range: Range<usize>| {
-            let lengths: Vec<i64> = rows[range.clone()].iter().map(|row| row.1).collect();
-            let columns = lengths.iter().copied().max().unwrap_or(0);
-            Ok(Group {
-                start: range.start as i64,
-                rows: range.len() as i64,
-                first_slot: rows[range.start].0,
-                columns,
-                mask: padding_mask(&lengths, columns, window, options)?,
-            })
-        };
-        grouped(&rows).into_iter().map(group).collect()
+        let rows: Vec<Decoding<'_>> = self.pieces.iter().map_while(row).collect();
+        if rows.is_empty() {
+            return Ok(None);
+        }
+        Paged::new(&rows, pages.used(), window, heads, options).map(Some)
     }
 
     fn runs(
         &self,
-        &Context { cache, group, .. }: &Context<'_>,
+        &Context { memory, heads: [heads, kv_heads], .. }: &Context<'_>,
         window: Option<i64>,
         options: Options,
     ) -> Result<Vec<Run>, TchError> {
@@ -155,16 +168,25 @@ impl Step {
         let mut runs = Vec::new();
         for piece in &self.pieces {
             let (length, before) = (piece.tokens.len() as i64, piece.before as i64);
-            if !piece.is_single() {
-                let columns = before + length;
-                let mask = match (before, window.filter(|&window| window < columns)) {
+            if piece.decoding().is_none() {
+                let tokens = before + length;
+                let mask = match (before, window.filter(|&window| window < tokens)) {
                     (0, None) => None,
                     (_, window) => {
-                        let mask = causal_mask(before, [length, columns], window, options)?;
-                        Some(for_each_head(&mask, group)?)
+                        let mask = causal_mask(before, [length, tokens], window, options)?;
+                        Some(for_each_head(&mask, heads / kv_heads)?)
                     }
                 };
-                runs.push(Run { start, length, region: region(cache, piece), before, mask });
+                let held = match piece.owner {
+                    _ if before == 0 => None,
+                    Owner::Stretch(region) => Some(Held::Beginning { region, tokens }),
+                    Owner::Slot(slot) => {
+                        let pages = memory.pages.of(slot).iter().map(|&page| page as i64);
+                        let pages = host::upload(&pages.collect::<Vec<_>>(), options.1)?;
+                        Some(Held::Pages { pages, tokens })
+                    }
+                };
+                runs.push(Run { start, length, held, mask });
             }
             start += length;
         }
@@ -178,7 +200,8 @@ impl Step {
         window: Option<i64>,
         options: Options,
     ) -> Result<Vec<Beginning>, TchError> {
-        let Context { prefixes, stretches, positions, group, .. } = *context;
+        let Context { memory, positions, heads: [heads, kv_heads] } = *context;
+        let Memory { prefixes, stretches, .. } = *memory;
         let mut members = std::collections::BTreeMap::<usize, Vec<i64>>::new();
         let mut start = 0;
         for piece in &self.pieces {
@@ -200,7 +223,7 @@ impl Step {
             let out_of_sight = |window: i64| -> Vec<i64> {
                 let hidden = |&token: &i64| (positions[token as usize] + 1 - window - first).max(0);
                 // A line for each of the heads that share a key head.
-                let lines = |hidden| std::iter::repeat_n(hidden, group as usize);
+                let lines = |hidden| std::iter::repeat_n(hidden, (heads / kv_heads) as usize);
                 members.iter().map(hidden).flat_map(lines).collect()
             };
             let region = stretches[stretch];
@@ -220,69 +243,13 @@ impl Step {
 /// Kind and device of masks.
 type Options = (Kind, Device);
 
-/// Where a step's tokens are.
+/// What a step's calls are made of.
 struct Context<'a> {
-    cache: &'a KvCache,
-    prefixes: &'a Prefixes,
-    /// Where the pool has each shared stretch.
-    stretches: &'a [Region],
+    memory: &'a Memory<'a>,
     /// Of each token its place in its conversation.
     positions: &'a [i64],
-    /// Query heads to a head of keys and values.
-    group: i64,
-}
-
-fn region(cache: &KvCache, piece: &Piece) -> Region {
-    match piece.owner {
-        Owner::Slot(slot) => cache.slot(slot),
-        Owner::Stretch(region) => region,
-    }
-}
-
-/// Rows, given as (slot, columns), that are attended to together: neighbours, and not
-/// so different that padding costs more than another call.
-fn grouped(rows: &[(usize, i64)]) -> Vec<Range<usize>> {
-    let mut groups = Vec::new();
-    let mut start = 0;
-    while start < rows.len() {
-        let (mut held, mut longest, mut end) = (0, 0, start);
-        while let Some(&(slot, columns)) = rows.get(end) {
-            let (held_then, longest_then) = (held + columns, longest.max(columns));
-            let padding = longest_then * (end + 1 - start) as i64 - held_then;
-            let bound = PADDING_COLUMNS + (PADDING_SHARE * held_then as f64) as i64;
-            if slot != rows[start].0 + (end - start) || padding > bound {
-                break;
-            }
-            (held, longest, end) = (held_then, longest_then, end + 1);
-        }
-        groups.push(start..end);
-        start = end;
-    }
-    groups
-}
-
-/// `[rows, 1, 1, columns]`: −∞ behind each row's end, and ahead of the `window` that ends
-/// there; none where there is nothing.
-fn padding_mask(
-    lengths: &[i64],
-    columns: i64,
-    window: Option<i64>,
-    (kind, device): Options,
-) -> Result<Option<Tensor>, TchError> {
-    let window = window.filter(|&window| lengths.iter().any(|&length| length > window));
-    if window.is_none() && lengths.iter().all(|&length| length == columns) {
-        return Ok(None);
-    }
-    let ends = host::upload(lengths, device)?.f_view([-1, 1, 1, 1])?;
-    let aligned = aligned(columns);
-    let places = Tensor::f_arange(aligned, (Kind::Int64, device))?;
-    let mut hidden = places.f_ge_tensor(&ends)?;
-    if let Some(window) = window {
-        hidden = hidden.f_logical_or(&places.f_lt_tensor(&ends.f_sub_scalar(window)?)?)?;
-    }
-    let mask = Tensor::f_zeros([lengths.len() as i64, 1, 1, aligned], (kind, device))?
-        .f_masked_fill_(&hidden, f64::NEG_INFINITY)?;
-    Ok(Some(mask.f_narrow(3, 0, columns)?))
+    /// Of queries, and of keys and values.
+    heads: [i64; 2],
 }
 
 /// `[lines, columns]`: −∞ for as many of a beginning's first tokens as are out of each line's
@@ -318,19 +285,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn neighbours_of_like_length_are_grouped() {
-        let groups = |rows: &[(usize, i64)]| -> Vec<(usize, usize)> {
-            grouped(rows).into_iter().map(|group| (group.start, group.end)).collect()
-        };
-        assert_eq!(groups(&[(0, 300), (1, 310), (2, 290)]), [(0, 3)]);
-        assert_eq!(groups(&[(0, 300), (2, 310), (3, 290)]), [(0, 1), (1, 3)], "no slot 1");
-        assert_eq!(groups(&[(0, 2000), (1, 2000), (2, 60), (3, 50)]), [(0, 2), (2, 4)]);
-        // Short rows are not worth a call each.
-        assert_eq!(groups(&[(0, 120), (1, 10), (2, 20)]), [(0, 3)]);
-        assert_eq!(groups(&[]), []);
-    }
-
-    #[test]
     #[allow(clippy::unwrap_used)]
     fn heads_that_share_keys_have_a_line_each_of_an_aligned_mask() {
         let mask = causal_mask(3, [2, 5], None, (Kind::Float, Device::Cpu)).unwrap();
@@ -340,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_with_one_token_come_first_by_slot() {
+    fn rows_that_decode_come_first_by_slot() {
         let piece = |owner, length: usize| Piece {
             owner,
             tokens: vec![1; length],

@@ -81,7 +81,11 @@ pub(super) fn multiply(
     weight: &Tensor,
     bias: Option<&Tensor>,
 ) -> Result<Tensor, TchError> {
+    // Of a single row oneDNN takes the sums in another order. With a second one it takes as
+    // long, and a row's bits do not tell whether others are beside it.
+    let rows = x.size()[0];
+    let x = if rows == 1 { x.f_repeat([2, 1])? } else { x.shallow_clone() };
     let bias = bias.map_or(IValue::None, |bias| IValue::Tensor(bias.shallow_clone()));
-    let [x, weight] = [x, weight].map(|tensor| IValue::Tensor(tensor.shallow_clone()));
-    call("multiply", &[x, weight, bias])
+    let weight = IValue::Tensor(weight.shallow_clone());
+    call("multiply", &[IValue::Tensor(x), weight, bias])?.f_narrow(0, 0, rows)
 }
