@@ -7,7 +7,7 @@
 //!
 //! | loop | reads | uploads |
 //! |---|---|---|
-//! | decode step | 1: the candidates of all rows, and 1 for each row that they do not settle | 5: ids, positions, places, whose states are wanted, and where the rows are that decode (twice behind a window); and one for each shared beginning (too), for each prompt that is read further, for each that begins as another, and where replies end |
+//! | decode step | 1: the candidates of all rows, and 1 for each row that they do not settle | 5: ids, positions, places, whose states are wanted, and where the rows are that decode; and one for each shared beginning, and for each prompt that is read further (these and the fifth twice behind a window), for each that begins as another, and where replies end |
 //! | decode step with a repetition penalty, or too early for stop ids | 1, as above | one more for each such row, and each of both |
 //! | sequences embedded together | 1 | 3 |
 //! | sequence rated | 1: its rating | 1 by an encoder, 3 by a decoder |

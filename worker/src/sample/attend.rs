@@ -138,10 +138,7 @@ impl LayerPass<'_> {
         let queries = new(queries)?;
         let held = match held {
             Some(held) => self.held(held)?,
-            None => {
-                let head_major = |x: &Tensor| new(x)?.f_transpose(0, 1)?.f_unsqueeze(0);
-                [head_major(keys)?, head_major(values)?]
-            }
+            None => [head_major(&new(keys)?)?, head_major(&new(values)?)?],
         };
         match mask {
             Some(mask) => self.of_tokens(&queries, held, Sight::Masked(mask)),
@@ -217,7 +214,6 @@ pub(super) fn causal(
     scale: f64,
 ) -> Result<Tensor, TchError> {
     let heads = Heads { all: q.size()[1], kv: k.size()[1] };
-    let head_major = |x: &Tensor| x.f_transpose(0, 1)?.f_unsqueeze(0);
     let sight = mask.map_or(Sight::Causal, Sight::Masked);
     Ok(each_head(heads, q, [head_major(k)?, head_major(v)?], sight, scale)?.output)
 }
@@ -231,11 +227,16 @@ fn each_head(
     sight: Sight<'_>,
     scale: f64,
 ) -> Result<Part, TchError> {
-    let queries = queries.f_transpose(0, 1)?.f_unsqueeze(0)?;
+    let queries = head_major(queries)?;
     let [keys, values] = [heads.repeated(&keys)?, heads.repeated(&values)?];
     let part = attend(&queries, &keys, &values, sight, scale)?;
     let token_major = |x: &Tensor| x.f_squeeze_dim(0)?.f_transpose(0, 1);
     Ok(Part { output: token_major(&part.output)?, log_sum_exp: token_major(&part.log_sum_exp)? })
+}
+
+/// `[tokens, heads, head_dim]` → `[1, heads, tokens, head_dim]`: a view.
+fn head_major(x: &Tensor) -> Result<Tensor, TchError> {
+    x.f_transpose(0, 1)?.f_unsqueeze(0)
 }
 
 /// How many heads there are.

@@ -74,8 +74,8 @@ mod tests {
     #[test]
     fn pages_in_use_have_no_gap() {
         let mut pages = Pages::default();
+        (0..3).for_each(|_| pages.admit());
         for (slot, tokens) in [(0, 1), (1, PAGE + 1), (2, 2 * PAGE), (0, PAGE + 1)] {
-            pages.tables.resize(3, Vec::new());
             pages.hold(slot, tokens);
         }
         assert_eq!(pages.tables, [vec![0, 5], vec![1, 2], vec![3, 4]]);
