@@ -3,6 +3,8 @@
 //! Logits exist for response tokens only, and for a bounded number of them at a
 //! time; there is never a tensor of all tokens by the vocabulary.
 
+use std::ops::Range;
+
 use tch::{Kind, TchError, Tensor};
 
 use super::error::TrainError;
@@ -31,15 +33,38 @@ pub(super) struct RowScores {
 }
 
 /// The head over one micro-batch's rows.
+///
+/// With e = exp(logit − m), m the largest of a row and Σ the sum of its e's:
+///
+/// ```text
+/// log π(t) = logit(t) − m − ln Σ        ∂ log π(t) / ∂ logits = onehot(t) − e/Σ = −(e − Σ onehot(t)) / Σ
+/// ```
+///
+/// So a row's e's, of which the target's is less by Σ, are its gradient but for one factor, −c/Σ with
+/// c that by log π(t). c is known when all of a pair is scored. Pairs are taken together as
+/// long as e's of all their rows may exist at once, and nothing is computed twice; of a
+/// longer pair all chunks but the last are computed again.
 pub(super) struct Head<'a> {
     policy: &'a Decoder,
     packed: &'a Packed,
     stop: &'a dyn Fn() -> bool,
+    /// Rows whose logits may exist at once.
+    pub(super) most_rows: i64,
+}
+
+/// Pairs that follow one another, and their rows.
+#[derive(Debug, PartialEq, Eq)]
+struct Group {
+    pairs: Range<usize>,
+    rows: Rows,
 }
 
 impl<'a> Head<'a> {
     pub(super) fn new(policy: &'a Decoder, packed: &'a Packed, stop: &'a dyn Fn() -> bool) -> Self {
-        Self { policy, packed, stop }
+        let weight = policy.head_weight();
+        let kind = product_kind(weight.kind(), weight.device());
+        let row_bytes = weight.size()[0] * kind.elt_size_in_bytes() as i64;
+        Self { policy, packed, stop, most_rows: LOGITS_BYTES / row_bytes }
     }
 
     /// The hidden states that predict rows: `[tokens, hidden]` → `[rows, hidden]`.
@@ -58,63 +83,114 @@ impl<'a> Head<'a> {
     /// Scores of all rows, given their normed hidden states, `[rows, hidden]`.
     pub(super) fn scores(&self, normed: &Tensor) -> Result<RowScores, TrainError> {
         let weight = self.policy.head_weight().f_detach()?;
-        let mean_weight = mean_row(&weight)?;
-        let mean_logits = normed.f_to_kind(Kind::Float)?.f_mv(&mean_weight)?;
         let mut logps = Vec::new();
-        for chunk in self.chunks() {
-            self.check_stop()?;
-            let logits = logits(&chunk.of(normed)?, &weight)?;
-            let targets = chunk.of(&self.packed.targets)?;
-            for rows in pieces(&logits) {
-                logps.push(log_probabilities(&rows.of(&logits)?, &rows.of(&targets)?)?);
+        for group in self.groups() {
+            for chunk in self.chunks(&group) {
+                self.check_stop()?;
+                let logits = logits(&chunk.of(normed)?, &weight)?;
+                let targets = chunk.of(&self.packed.targets)?;
+                for rows in pieces(&logits) {
+                    logps.push(Softmax::of(&rows.of(&logits)?, &rows.of(&targets)?)?.logps);
+                }
             }
         }
-        let logps = Tensor::f_cat(&logps, 0)?.f_view([-1])?;
-        let mut logps = host::read(&Tensor::f_cat(&[&logps, &mean_logits], 0)?)?;
-        let mean_logits = logps.split_off(self.packed.rows as usize);
-        Ok(RowScores { logps, mean_logits })
+        row_scores(&logps, normed, &mean_row(&weight)?)
     }
 
-    /// Gradient by the normed hidden states, `[rows, hidden]`, given that by each
-    /// row's log-probability, `coefficients` (`[rows]`, fp32).
+    /// Scores of all rows, as [`Self::scores`] has them, and the gradient by the normed
+    /// hidden states, `[rows, hidden]`. `evaluate` is told pairs and the scores of their rows,
+    /// and answers with the derivatives of the loss by each row's log-probability.
     ///
     /// The gradient by the head's weight goes to `add_to_weight` chunk by chunk and
     /// a few words at a time, as factors: for the words given, it is the product of
-    /// `[words, rows of the chunk]` with `[rows of the chunk, hidden]`.
+    /// `[words, rows of the chunk]` with `[rows of the chunk, hidden]`, both of the kind in
+    /// which matrices are multiplied.
     pub(super) fn backward(
         &self,
         normed: &Tensor,
-        coefficients: &Tensor,
+        mut evaluate: impl FnMut(Range<usize>, &RowScores) -> Result<Vec<f32>, TrainError>,
         mut add_to_weight: impl FnMut(Rows, &Tensor, &Tensor) -> Result<(), TchError>,
     ) -> Result<Tensor, TrainError> {
         let weight = self.policy.head_weight().f_detach()?;
+        let mean_weight = mean_row(&weight)?;
         let gradient = normed.f_empty_like()?;
-        for chunk in self.chunks() {
-            self.check_stop()?;
-            let normed = chunk.of(normed)?;
-            let logits = logits(&normed, &weight)?;
-            let targets = chunk.of(&self.packed.targets)?;
-            let coefficients = chunk.of(coefficients)?;
-            for rows in pieces(&logits) {
-                let piece = rows.of(&logits)?;
-                let (targets, coefficients) = (rows.of(&targets)?, rows.of(&coefficients)?);
-                // In place: from here on `logits` holds the gradient by them.
-                rows.of(&logits)?.f_copy_(&by_logits(&piece, &targets, &coefficients)?)?;
+        for group in self.groups() {
+            let chunks = self.chunks(&group);
+            let (mut logps, mut last) = (Vec::new(), None);
+            for &chunk in &chunks {
+                // The one before goes ahead of it.
+                drop(last.take());
+                let softmax = self.softmax(chunk, normed, &weight)?;
+                logps.push(softmax.logps.shallow_clone());
+                last = Some(softmax);
             }
-            chunk.of(&gradient)?.f_copy_(&by_normed(&logits, &weight)?)?;
-            let by_word = logits.f_tr()?;
-            for words in Rows::cover(by_word.size()[0], WORDS) {
-                add_to_weight(words, &words.of(&by_word)?, &normed)?;
+            let scores = row_scores(&logps, &group.rows.of(normed)?, &mean_weight)?;
+            let coefficients = evaluate(group.pairs, &scores)?;
+            let coefficients = host::upload(&coefficients, normed.device())?.f_unsqueeze(1)?;
+            for &chunk in chunks.iter().rev() {
+                let softmax = match last.take() {
+                    Some(softmax) => softmax,
+                    None => self.softmax(chunk, normed, &weight)?,
+                };
+                let in_group = Rows { start: chunk.start - group.rows.start, ..chunk };
+                let factor = in_group.of(&coefficients)?.f_neg()?.f_div(&softmax.sums)?;
+                let by_normed = by_normed(&softmax.exponentials, &weight)?.f_mul(&factor)?;
+                chunk.of(&gradient)?.f_copy_(&by_normed)?;
+                let by_word = softmax.exponentials.f_tr()?;
+                let normed = chunk.of(normed)?.f_mul(&factor)?.f_to_kind(by_word.kind())?;
+                for words in Rows::cover(by_word.size()[0], WORDS) {
+                    add_to_weight(words, &words.of(&by_word)?, &normed)?;
+                }
             }
         }
         Ok(gradient)
     }
 
-    fn chunks(&self) -> impl Iterator<Item = Rows> + use<> {
-        let weight = self.policy.head_weight();
-        let kind = product_kind(weight.kind(), weight.device());
-        let row_bytes = weight.size()[0] * kind.elt_size_in_bytes() as i64;
-        Rows::cover(self.packed.rows, LOGITS_BYTES / row_bytes)
+    /// Of the rows `chunk`, with the targets' exponentials less the sums.
+    fn softmax(
+        &self,
+        chunk: Rows,
+        normed: &Tensor,
+        weight: &Tensor,
+    ) -> Result<Softmax, TrainError> {
+        self.check_stop()?;
+        let logits = logits(&chunk.of(normed)?, weight)?;
+        let targets = chunk.of(&self.packed.targets)?;
+        let (mut sums, mut logps) = (Vec::new(), Vec::new());
+        for rows in pieces(&logits) {
+            let (piece, targets) = (rows.of(&logits)?, rows.of(&targets)?);
+            let softmax = Softmax::of(&piece, &targets)?;
+            // In place: from here on `logits` holds exponentials.
+            rows.of(&logits)?.f_copy_(&softmax.less_sums_at(&targets)?)?;
+            sums.push(softmax.sums);
+            logps.push(softmax.logps);
+        }
+        let [sums, logps] = [sums, logps].map(|parts| Tensor::f_cat(&parts, 0));
+        Ok(Softmax { exponentials: logits, sums: sums?, logps: logps? })
+    }
+
+    /// As many pairs at once as have logits within the bound, and at least one.
+    fn groups(&self) -> Vec<Group> {
+        let mut groups: Vec<Group> = Vec::new();
+        let mut start = 0;
+        for (pair, span) in self.packed.spans.iter().enumerate() {
+            let length = span.chosen + span.rejected;
+            match groups.last_mut() {
+                Some(group) if group.rows.length + length <= self.most_rows => {
+                    group.pairs.end += 1;
+                    group.rows.length += length;
+                }
+                _ => groups.push(Group { pairs: pair..pair + 1, rows: Rows { start, length } }),
+            }
+            start += length;
+        }
+        groups
+    }
+
+    fn chunks(&self, group: &Group) -> Vec<Rows> {
+        let Rows { start, length } = group.rows;
+        let chunk = |rows: Rows| Rows { start: start + rows.start, ..rows };
+        Rows::cover(length, self.most_rows).map(chunk).collect()
     }
 
     fn check_stop(&self) -> Result<(), TrainError> {
@@ -170,30 +246,53 @@ fn pieces(logits: &Tensor) -> impl Iterator<Item = Rows> + use<> {
     Rows::cover(rows, SOFTMAX_BYTES / (4 * vocabulary))
 }
 
-// `log_softmax` would do for both functions below, but on CPU it adds a row's
-// exponentials up in a few running sums of fp32, where those of a large
-// vocabulary's many unlikely tokens vanish: over SmolLM2's 49,152 the softmax sums
-// to 1 + 7e-6, and gradients in which chosen and rejected nearly cancel are 1e-4
-// off. `logsumexp` and `sum` add pairwise.
-
-/// log π(target) of each row, `[rows, 1]`, in fp32.
-fn log_probabilities(logits: &Tensor, targets: &Tensor) -> Result<Tensor, TchError> {
-    let logits = logits.f_to_kind(Kind::Float)?;
-    logits.f_gather(1, &targets.f_unsqueeze(1)?, false)?.f_sub(&logits.f_logsumexp(1, true)?)
+/// Scores of rows whose log-probabilities are `logps`, in pieces, given their normed hidden
+/// states and the mean row of the head's weight.
+fn row_scores(
+    logps: &[Tensor],
+    normed: &Tensor,
+    mean_weight: &Tensor,
+) -> Result<RowScores, TrainError> {
+    let mean_logits = normed.f_to_kind(Kind::Float)?.f_mv(mean_weight)?;
+    let logps = Tensor::f_cat(logps, 0)?.f_view([-1])?;
+    let mut logps = host::read(&Tensor::f_cat(&[&logps, &mean_logits], 0)?)?;
+    let mean_logits = logps.split_off(normed.size()[0] as usize);
+    Ok(RowScores { logps, mean_logits })
 }
 
-/// c · (onehot(target) − softmax(logits)): the gradient of c · log π(target) by
-/// the logits, in fp32.
-fn by_logits(logits: &Tensor, targets: &Tensor, coefficients: &Tensor) -> Result<Tensor, TchError> {
-    let logits = logits.f_to_kind(Kind::Float)?;
-    let coefficients = coefficients.f_unsqueeze(1)?;
-    let mut exponentials = logits.f_sub(&logits.f_amax(1, true)?)?.f_exp_()?;
-    let sums = exponentials.f_sum_dim_intlist(1, true, Kind::Float)?;
-    exponentials.f_mul_(&coefficients.f_neg()?.f_div_(&sums)?)?.f_scatter_add_(
-        1,
-        &targets.f_unsqueeze(1)?,
-        &coefficients,
-    )
+/// Rows' softmax, not divided yet, and what it says of their targets.
+struct Softmax {
+    /// e, `[rows, vocab]`.
+    exponentials: Tensor,
+    /// Σ, `[rows, 1]`, fp32.
+    sums: Tensor,
+    /// log π(target), `[rows, 1]`, fp32.
+    logps: Tensor,
+}
+
+impl Softmax {
+    // `log_softmax` would do, but on CPU it adds a row's exponentials up in a few running
+    // sums of fp32, where those of a large vocabulary's many unlikely tokens vanish: over
+    // SmolLM2's 49,152 the softmax sums to 1 + 7e-6, and gradients in which chosen and
+    // rejected nearly cancel are 1e-4 off. `sum` adds pairwise.
+
+    /// Of `logits` (`[rows, vocab]`), in fp32: where they are that already, in place.
+    fn of(logits: &Tensor, targets: &Tensor) -> Result<Self, TchError> {
+        let mut logits = logits.f_to_kind(Kind::Float)?;
+        let of_targets = logits.f_gather(1, &targets.f_unsqueeze(1)?, false)?;
+        let largest = logits.f_amax(1, true)?;
+        let exponentials = logits.f_sub_(&largest)?.f_exp_()?;
+        let sums = exponentials.f_sum_dim_intlist(1, true, Kind::Float)?;
+        let logps = of_targets.f_sub(&largest)?.f_sub(&sums.f_log()?)?;
+        Ok(Self { exponentials, sums, logps })
+    }
+
+    /// Its exponentials, those of `targets` (`[rows]`) less the sums: by what π(target)
+    /// leaves to all others, so that a likely target costs no digits.
+    fn less_sums_at(&self, targets: &Tensor) -> Result<Tensor, TchError> {
+        let others = self.logps.f_expm1()?.f_mul_(&self.sums)?;
+        self.exponentials.shallow_clone().f_scatter_(1, &targets.f_unsqueeze(1)?, &others)
+    }
 }
 
 #[cfg(test)]
@@ -210,11 +309,12 @@ mod tests {
         let target = Tensor::from_slice(&[0i64]);
         let expected = -((vocabulary - 1) as f64 * (-17f64).exp()).ln_1p();
 
-        let logp = log_probabilities(&logits, &target).unwrap().double_value(&[0, 0]);
+        let softmax = Softmax::of(&logits, &target).unwrap();
+        let logp = softmax.logps.double_value(&[0, 0]);
         // fp32 has steps of 1.9e-6 near 17.
         assert!((logp - expected).abs() < 2e-6, "{logp} {expected}");
 
-        let gradient = by_logits(&logits, &target, &Tensor::from_slice(&[1f32])).unwrap();
+        let gradient = softmax.less_sums_at(&target).unwrap() / -softmax.sums;
         let by_target = gradient.double_value(&[0, 0]);
         assert!((by_target - -expected.exp_m1()).abs() < 1e-6, "{by_target} {expected}");
         let sum = gradient.sum(Kind::Double).double_value(&[]);

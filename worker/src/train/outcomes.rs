@@ -5,22 +5,20 @@ use std::ops::Range;
 use super::error::TrainError;
 use super::head::RowScores;
 use super::objective::{Scored, Share};
-use super::packing::Packed;
-use super::types::{MicroBatch, Objective, PairLogps, PairOutcome, TokenPair};
+use super::types::{Objective, PairLogps, PairOutcome, TokenPair};
 
-/// Outcomes of a micro-batch's pairs, and for each row the derivative of the
+/// Outcomes of `pairs`, and for each of their rows the derivative of the
 /// step's loss by its log-probability.
 pub(super) fn evaluate(
     objective: &Objective,
     share: &Share,
-    packed: &Packed,
-    batch: &MicroBatch,
+    pairs: &[TokenPair],
     scores: &RowScores,
 ) -> Result<(Vec<PairOutcome>, Vec<f32>), TrainError> {
-    let mut outcomes = Vec::with_capacity(batch.pairs.len());
+    let mut outcomes = Vec::with_capacity(pairs.len());
     let mut by_row = Vec::with_capacity(scores.logps.len());
-    let logps = pair_logps(packed, batch, scores);
-    for ((pair, logps), (chosen, rejected)) in batch.pairs.iter().zip(logps).zip(packed.replies()) {
+    let logps = pair_logps(pairs, scores);
+    for ((pair, logps), (chosen, rejected)) in pairs.iter().zip(logps).zip(replies(pairs)) {
         let reason = "it has no reference log-probabilities; score it before training";
         let missing = TrainError::Pair { pair: pair.pair, reason };
         let scored = Scored {
@@ -40,17 +38,23 @@ pub(super) fn evaluate(
 }
 
 /// Log-probabilities of each pair's replies: sums over their rows.
-pub(super) fn pair_logps(
-    packed: &Packed,
-    batch: &MicroBatch,
-    scores: &RowScores,
-) -> Vec<PairLogps> {
+pub(super) fn pair_logps(pairs: &[TokenPair], scores: &RowScores) -> Vec<PairLogps> {
     let one = |(pair, (chosen, rejected)): (&TokenPair, (Range<usize>, Range<usize>))| PairLogps {
         pair: pair.pair,
         chosen: sum(&scores.logps[chosen]),
         rejected: sum(&scores.logps[rejected]),
     };
-    batch.pairs.iter().zip(packed.replies()).map(one).collect()
+    pairs.iter().zip(replies(pairs)).map(one).collect()
+}
+
+/// Rows of each pair's y⁺ and y⁻.
+fn replies(pairs: &[TokenPair]) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + '_ {
+    pairs.iter().scan(0, |next, pair| {
+        let start = *next;
+        let middle = start + pair.chosen.len();
+        *next = middle + pair.rejected.len();
+        Some((start..middle, middle..*next))
+    })
 }
 
 fn sum(values: &[f32]) -> f64 {

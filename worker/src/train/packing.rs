@@ -1,7 +1,5 @@
 //! A micro-batch laid out for computing: `[x, y⁺, y⁻]` of each pair after one another.
 
-use std::ops::Range;
-
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::error::TrainError;
@@ -85,8 +83,6 @@ pub(super) struct Packed {
     pub(super) targets: Tensor,
     /// Packed tokens.
     pub(super) tokens: i64,
-    /// Response tokens.
-    pub(super) rows: i64,
     /// Ids again, on the host.
     pub(super) host_ids: Vec<i64>,
 }
@@ -133,20 +129,9 @@ impl Packed {
             predictors: tensor(&predictors)?,
             targets: tensor(&targets)?,
             tokens: ids.len() as i64,
-            rows: targets.len() as i64,
             host_ids: ids,
             spans,
             masks,
-        })
-    }
-
-    /// Rows of each pair's y⁺ and y⁻.
-    pub(super) fn replies(&self) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + '_ {
-        self.spans.iter().scan(0, |next, span| {
-            let start = *next;
-            let middle = start + span.chosen as usize;
-            *next = middle + span.rejected as usize;
-            Some((start..middle, middle..*next))
         })
     }
 }
@@ -222,9 +207,7 @@ mod tests {
         assert_eq!(host(&packed.targets), [20, 21, 22, 30, 23, 31, 32]);
         // Both replies' first tokens come from the prompt's last.
         assert_eq!(host(&packed.predictors), [1, 2, 3, 1, 6, 6, 8]);
-        let replies: Vec<_> = packed.replies().collect();
-        assert_eq!(replies, [(0..3, 3..4), (4..5, 5..7)]);
-        assert_eq!((packed.tokens, packed.rows), (10, 7));
+        assert_eq!(packed.tokens, 10);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Forward and backward of one micro-batch, block by block.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use tch::{Kind, TchError, Tensor};
 
@@ -14,7 +15,6 @@ use super::trace::Tracer;
 use super::types::Recompute;
 use crate::collective::ProcessGroup;
 use crate::host;
-use crate::model::ops::operands;
 use crate::model::{Block, Decoder, Rotations};
 
 /// The policy on one micro-batch: what scoring and training have in common.
@@ -39,7 +39,7 @@ pub(super) struct Sink<'a> {
     pub(super) stop: &'a dyn Fn() -> bool,
 }
 
-/// A forward pass, recorded.
+/// A forward pass up to the head, recorded.
 #[derive(Debug)]
 pub(super) struct Recording {
     blocks: Vec<Recorded>,
@@ -48,8 +48,6 @@ pub(super) struct Recording {
     /// The same behind it.
     normed: Tensor,
     rotations: Rotations,
-    /// What the head says of the rows.
-    pub(super) scores: RowScores,
 }
 
 /// What is there of a block when backward comes to it.
@@ -76,7 +74,7 @@ impl Pass<'_> {
         })
     }
 
-    /// The same scores, recorded for [`Self::backward`].
+    /// The same up to the head, recorded for [`Self::backward`].
     pub(super) fn record(&self) -> Result<Recording, TrainError> {
         tch::no_grad(|| {
             let rotations = self.policy.rotations(&self.packed.positions)?;
@@ -99,22 +97,22 @@ impl Pass<'_> {
             let head = self.head();
             let selected = head.select(&hidden)?;
             let normed = self.policy.final_norm(&selected)?;
-            let scores = head.scores(&normed)?;
-            Ok(Recording { blocks, selected, normed, rotations, scores })
+            Ok(Recording { blocks, selected, normed, rotations })
         })
     }
 
-    /// Gradients of the loss by all weights into `sink`, given `coefficients`,
-    /// those by each row's log-probability.
+    /// The head, and from there gradients of the loss by all weights into `sink`. `evaluate`
+    /// is told some of the pairs and the scores of their rows, and answers with the
+    /// derivatives of the loss by each row's log-probability.
     pub(super) fn backward(
         &self,
         recording: Recording,
-        coefficients: &[f32],
+        evaluate: impl FnMut(Range<usize>, &RowScores) -> Result<Vec<f32>, TrainError>,
         sink: &mut Sink<'_>,
     ) -> Result<(), TrainError> {
-        let Recording { mut blocks, selected, normed, rotations, .. } = recording;
+        let Recording { mut blocks, selected, normed, rotations } = recording;
         tch::no_grad(|| {
-            let mut gradient = self.head_backward(&selected, &normed, coefficients, sink)?;
+            let mut gradient = self.head_backward(&selected, &normed, evaluate, sink)?;
             sink.complete(Buckets::HEAD)?;
             for (index, block) in self.policy.blocks.iter().enumerate().rev() {
                 self.check_stop()?;
@@ -142,19 +140,17 @@ impl Pass<'_> {
         &self,
         selected: &Tensor,
         normed: &Tensor,
-        coefficients: &[f32],
+        evaluate: impl FnMut(Range<usize>, &RowScores) -> Result<Vec<f32>, TrainError>,
         sink: &mut Sink<'_>,
     ) -> Result<Tensor, TrainError> {
         let head = self.head();
-        let coefficients = host::upload(coefficients, self.policy.device())?;
         let place = sink.buckets.head();
-        let by_normed = head.backward(normed, &coefficients, |words, left, right| {
+        let by_normed = head.backward(normed, evaluate, |words, left, right| {
             sink.gradients.add_in_place(sink.buckets, place, |sum| {
                 let mut sum = words.of(sum)?;
-                let [left, right] = operands([left, right])?;
                 match right.kind() {
-                    Kind::Float => sum.f_addmm_(&left, &right).map(drop),
-                    _ => sum.f_add_(&left.f_mm(&right)?).map(drop),
+                    Kind::Float => sum.f_addmm_(left, right).map(drop),
+                    _ => sum.f_add_(&left.f_mm(right)?).map(drop),
                 }
             })
         })?;

@@ -1,9 +1,12 @@
 //! The engine: scoring, and the training step.
 
+use std::ops::Range;
+
 use tch::Tensor;
 
 use super::error::TrainError;
 use super::gradients::Gradients;
+use super::head::RowScores;
 use super::memory::{MemoryReport, bytes};
 use super::objective::Share;
 use super::optimizer::Optimizer;
@@ -157,7 +160,7 @@ impl Trainer {
                 stop,
             }
             .score()?;
-            logps.extend(pair_logps(&packed, batch, &scores));
+            logps.extend(pair_logps(&batch.pairs, &scores));
         }
         Ok(logps)
     }
@@ -201,11 +204,14 @@ impl Trainer {
             let forward = self.tracer.span(|| format!("forward {index}"));
             let recording = pass.record()?;
             drop(forward);
-            let (outcomes, coefficients) =
-                evaluate(&objective, &share, &packed, batch, &recording.scores)?;
             let _backward = self.tracer.span(|| format!("backward {index}"));
-            pass.backward(recording, &coefficients, &mut sink)?;
-            pairs.extend(outcomes);
+            let evaluate = |some: Range<usize>, scores: &RowScores| {
+                let (outcomes, coefficients) =
+                    evaluate(&objective, &share, &batch.pairs[some], scores)?;
+                pairs.extend(outcomes);
+                Ok(coefficients)
+            };
+            pass.backward(recording, evaluate, &mut sink)?;
             tokens += packed.tokens as u64;
         }
         if step.micro_batches.is_empty() {
