@@ -97,9 +97,9 @@ impl<'a> Head<'a> {
         row_scores(&logps, normed, &mean_row(&weight)?)
     }
 
-    /// Scores of all rows, as [`Self::scores`] has them, and the gradient by the normed
-    /// hidden states, `[rows, hidden]`. `evaluate` is told pairs and the scores of their rows,
-    /// and answers with the derivatives of the loss by each row's log-probability.
+    /// Gradient by the normed hidden states, `[rows, hidden]`. `evaluate` is told pairs and the
+    /// scores of their rows, as [`Self::scores`] has them, and answers with the derivatives of
+    /// the loss by each row's log-probability.
     ///
     /// The gradient by the head's weight goes to `add_to_weight` chunk by chunk and
     /// a few words at a time, as factors: for the words given, it is the product of
@@ -128,6 +128,7 @@ impl<'a> Head<'a> {
             let coefficients = evaluate(group.pairs, &scores)?;
             let coefficients = host::upload(&coefficients, normed.device())?.f_unsqueeze(1)?;
             for &chunk in chunks.iter().rev() {
+                self.check_stop()?;
                 let softmax = match last.take() {
                     Some(softmax) => softmax,
                     None => self.softmax(chunk, normed, &weight)?,

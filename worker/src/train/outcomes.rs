@@ -64,3 +64,21 @@ fn sum(values: &[f32]) -> f64 {
 fn mean(values: &[f32]) -> f64 {
     sum(values) / values.len() as f64
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_those_of_pairs_one_after_another() {
+        let pair = |chosen: usize, rejected: usize| TokenPair {
+            pair: 3,
+            prompt: vec![10],
+            chosen: vec![20; chosen],
+            rejected: vec![30; rejected],
+            reference: None,
+        };
+        let rows: Vec<_> = replies(&[pair(3, 1), pair(1, 2)]).collect();
+        assert_eq!(rows, [(0..3, 3..4), (4..5, 5..7)]);
+    }
+}
