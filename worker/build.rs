@@ -1,4 +1,4 @@
-//! Builds the C++ bridge to libtorch's collectives, and makes binaries start
+//! Builds the C++ bridge to libtorch's collectives and the kernels, and makes binaries start
 //! without `LD_LIBRARY_PATH`.
 
 use std::path::{Path, PathBuf};
@@ -36,6 +36,7 @@ fn build() -> Result<(), String> {
         println!("cargo::rustc-link-arg=-Wl,-rpath,{}", directory.display());
     }
     compile_bridge(&torch)?;
+    compile_kernels(&torch)?;
     if cuda() {
         // The bridge names symbols of theirs, and is linked before them, so the linker keeps them: a
         // plain binary would lose them, and GPUs would be silently absent.
@@ -116,19 +117,12 @@ fn compile_bridge(torch: &Path) -> Result<(), String> {
         write_stand_in(&stand_ins.join(header)).map_err(|e| format!("write {header}: {e}"))?;
     }
 
-    let include = torch.join("include");
-    let mut bridge = cc::Build::new();
+    let mut bridge = against(torch);
     bridge
-        .cpp(true)
-        .std("c++20")
         .define("USE_C10D_GLOO", None)
         .include(source)
         .include(&stand_ins)
         .file(source.join("bridge.cpp"));
-    // As system headers: their warnings are not ours to mend.
-    for directory in [include.clone(), include.join("torch/csrc/api/include")] {
-        bridge.flag("-isystem").flag(&directory);
-    }
     if cuda() {
         bridge.define("USE_C10D_NCCL", None).file(source.join("nccl.cpp"));
         for directory in cuda_includes(torch)? {
@@ -138,6 +132,38 @@ fn compile_bridge(torch: &Path) -> Result<(), String> {
     bridge
         .try_compile("drift_collective")
         .map_err(|e| format!("compile src/collective/*.cpp (a C++20 compiler is needed): {e}"))
+}
+
+/// A build of C++ against libtorch.
+fn against(torch: &Path) -> cc::Build {
+    let include = torch.join("include");
+    let mut build = cc::Build::new();
+    build.cpp(true).std("c++20");
+    // As system headers: their warnings are not ours to mend.
+    for directory in [include.clone(), include.join("torch/csrc/api/include")] {
+        build.flag("-isystem").flag(&directory);
+    }
+    build
+}
+
+fn compile_kernels(torch: &Path) -> Result<(), String> {
+    let source = Path::new("src/kernels");
+    println!("cargo::rerun-if-changed={}", source.display());
+    let mut kernels = against(torch);
+    kernels
+        .opt_level(3)
+        .debug(false)
+        // libtorch's threads are OpenMP's.
+        .flag("-fopenmp")
+        // Vectors never cross a function that is compiled by itself.
+        .flag_if_supported("-Wno-psabi")
+        .file(source.join("kernels.cpp"))
+        // Nothing refers to them: they register themselves as the program starts.
+        .link_lib_modifier("+whole-archive")
+        .try_compile("drift_kernels")
+        .map_err(|e| format!("compile src/kernels/*.cpp (a C++20 compiler is needed): {e}"))?;
+    println!("cargo::rustc-link-lib=dylib=gomp");
+    Ok(())
 }
 
 /// CUDA's and NCCL's headers, which lie beside libtorch in the wheel.

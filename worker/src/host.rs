@@ -15,8 +15,8 @@
 //! | micro-batch trained on | 1: the same | 8: those, coefficients, and 3 that say which tokens the embedding's gradients are of |
 //! | step | 1: the norm by which gradients are clipped | 0 |
 //!
-//! On a CPU, where a read costs a copy, a decode step reads 3 times: it looks at all scores
-//! in place. Masks are made on the device; tensors that a checkpoint or a snapshot holds
+//! On a CPU, where a read costs a copy, a decode step reads 3 times: what each row's scores sum
+//! to, those near the best, and what was drawn. Masks are made on the device; tensors that a checkpoint or a snapshot holds
 //! cross outside of these loops.
 
 #![allow(clippy::disallowed_methods, reason = "the one place for them")]

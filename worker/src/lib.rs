@@ -8,6 +8,7 @@
 //! | [`reward`] | reward models, which rate whole conversations |
 //! | [`collective`] | libtorch's own c10d behind a C++ bridge: the one place with `unsafe` |
 //! | [`agent`] | the stream to the coordinator, and the thread that owns libtorch |
+//! | `kernels` | operations of ours for CPUs, in C++ |
 //! | `host` | what goes between host and device, counted |
 //!
 //! Text is absent from this crate: it holds no tokenizer and no template.
@@ -18,6 +19,7 @@
 pub mod agent;
 pub mod collective;
 mod host;
+mod kernels;
 pub mod model;
 pub mod reward;
 pub mod sample;

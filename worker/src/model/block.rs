@@ -75,7 +75,7 @@ impl Block {
             }
         };
         // Queries and keys turn alike: one rotation over both.
-        let qk = self.rotary(rotations).rotate(&qk)?;
+        self.rotary(rotations).rotate(&qk)?;
         let (q, k) = (qk.f_narrow(1, 0, heads)?, qk.f_narrow(1, heads, kv_heads)?);
         let attended = attend(&q, &k, &parts.values)?.f_reshape([-1, heads * head_dim])?;
         let attended = self.output().forward(&attended)?;

@@ -5,6 +5,7 @@ use std::f64::consts::PI;
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::config::{RopeConfig, RopeScaling};
+use crate::kernels;
 
 /// Rotation of each token's queries and keys.
 #[derive(Debug)]
@@ -92,20 +93,15 @@ impl Rotary {
         })
     }
 
-    /// Rotates `x` (`[tokens, heads, head_dim]`).
-    pub(crate) fn rotate(&self, x: &Tensor) -> Result<Tensor, TchError> {
+    /// Rotates `x` (`[tokens, heads, head_dim]`) in place.
+    pub(crate) fn rotate(&self, x: &Tensor) -> Result<(), TchError> {
+        if kernels::are_for(x.kind(), x.device()) {
+            return kernels::rotate(x, &self.cos, &self.sin);
+        }
         let half = self.cos.size2()?.1 / 2;
-        let swapped = x.f_roll([half], [-1])?;
-        let straight = x.f_mul(&self.cos.f_unsqueeze(1)?)?;
-        straight.f_add(&swapped.f_mul(&self.sin.f_unsqueeze(1)?)?)
-    }
-
-    /// The rotations of `length` tokens from `start`.
-    pub(crate) fn narrow(&self, start: i64, length: i64) -> Result<Self, TchError> {
-        Ok(Self {
-            cos: self.cos.f_narrow(0, start, length)?,
-            sin: self.sin.f_narrow(0, start, length)?,
-        })
+        let swapped = x.f_roll([half], [-1])?.f_mul_(&self.sin.f_unsqueeze(1)?)?;
+        let _ = x.shallow_clone().f_mul_(&self.cos.f_unsqueeze(1)?)?.f_add_(&swapped)?;
+        Ok(())
     }
 
     /// The rotations back. A rotation's transpose is its inverse, so this is also

@@ -66,7 +66,7 @@ pub(super) struct Attention<'a> {
     pub(super) calls: Calls,
     /// Those of layers with a window, where it makes a difference.
     pub(super) windowed: Option<Calls>,
-    /// Where the pool takes the step's tokens, `[tokens · kv_heads]`, i64.
+    /// Where the pool takes the step's tokens, `[2 · tokens · kv_heads]`, i64.
     pub(super) places: Tensor,
     /// Pages in use.
     pub(super) pages: i64,

@@ -24,8 +24,8 @@ pub(super) const PAGE: usize = 64;
 /// tokens lie side by side, as attention reads them.
 #[derive(Debug)]
 pub(super) struct KvCache {
-    /// Per layer, `[tokens · kv_heads, head_dim]` of keys and of values.
-    layers: Vec<[Tensor; 2]>,
+    /// Per layer all keys, and behind them all values: `[2 · tokens · kv_heads, head_dim]`.
+    layers: Vec<Tensor>,
     kv_heads: i64,
     /// Tokens ahead of the pages.
     shared: i64,
@@ -80,11 +80,10 @@ impl KvCache {
         if held < division.tokens() {
             // The old pool goes first: two need not fit.
             self.layers.clear();
-            let shape = [division.tokens() * self.kv_heads, config.head_dim];
-            // Zeros, not empty: a masked NaN would still be a NaN.
-            let zeros = || Tensor::f_zeros(shape, (kind, device));
+            let shape = [2 * division.tokens() * self.kv_heads, config.head_dim];
             for _ in 0..config.num_hidden_layers {
-                self.layers.push([zeros()?, zeros()?]);
+                // Zeros, not empty: a masked NaN would still be a NaN.
+                self.layers.push(Tensor::f_zeros(shape, (kind, device))?);
             }
         }
         self.shared = division.shared;
@@ -93,7 +92,7 @@ impl KvCache {
 
     /// Tokens that there is room for.
     pub(super) fn held(&self) -> i64 {
-        self.layers.first().map_or(0, |[keys, _]| keys.size()[0] / self.kv_heads)
+        self.layers.first().map_or(0, |layer| layer.size()[0] / (2 * self.kv_heads))
     }
 
     /// Where a page is.
@@ -102,13 +101,15 @@ impl KvCache {
         Region { start: self.shared + page as i64 * length, length }
     }
 
-    /// Where the pool takes each head of a region's token: rows of it.
+    /// Where the pool takes each head of a region's token, of its keys and then of its values.
     pub(super) fn rows_of(&self, region: Region, token: i64) -> impl Iterator<Item = i64> + use<> {
-        let first = region.start * self.kv_heads + token;
-        (0..self.kv_heads).map(move |head| first + head * region.length)
+        let heads = self.kv_heads;
+        let of_both = [0, self.held()].map(|ahead| (ahead + region.start) * heads + token);
+        let of_heads = move |first| (0..heads).map(move |head| first + head * region.length);
+        of_both.into_iter().flat_map(of_heads)
     }
 
-    /// Stores keys and values (`[n, kv_heads, head_dim]`) at `places` (`[n · kv_heads]`,
+    /// Stores keys and values (`[n, kv_heads, head_dim]`) at `places` (`[2 · n · kv_heads]`,
     /// i64), as [`Self::rows_of`] tells them.
     pub(super) fn store(
         &self,
@@ -117,51 +118,48 @@ impl KvCache {
         keys: &Tensor,
         values: &Tensor,
     ) -> Result<(), TchError> {
-        for (pool, new) in self.layers[layer].iter().zip([keys, values]) {
-            let _ = pool.shallow_clone().f_index_copy_(0, places, &new.f_flatten(0, 1)?)?;
-        }
-        Ok(())
+        let new = Tensor::f_cat(&[keys, values], 1)?.f_flatten(0, 1)?;
+        self.layers[layer].shallow_clone().f_index_copy_(0, places, &new).map(drop)
     }
 
     /// Keys and values of a beginning's first `tokens`, `[1, kv_heads, tokens, head_dim]`.
     pub(super) fn beginning(
         &self,
         layer: usize,
-        Region { start, length }: Region,
+        region: Region,
         tokens: i64,
     ) -> Result<[Tensor; 2], TchError> {
-        let view = |pool: &Tensor| {
-            pool.f_narrow(0, start * self.kv_heads, length * self.kv_heads)?
-                .f_unflatten(0, [1, self.kv_heads, length])?
-                .f_narrow(2, 0, tokens)
-        };
-        let [keys, values] = &self.layers[layer];
-        Ok([view(keys)?, view(values)?])
+        let [keys, values] = self.regions(layer, region, 1)?;
+        Ok([keys.f_narrow(2, 0, tokens)?, values.f_narrow(2, 0, tokens)?])
     }
 
-    /// Keys and values of the first `count` pages, `[count, kv_heads, PAGE, head_dim]`: views
-    /// without a gap.
+    /// Keys and values of the first `count` pages, `[count, kv_heads, PAGE, head_dim]`.
     pub(super) fn pages(&self, layer: usize, count: i64) -> Result<[Tensor; 2], TchError> {
-        let length = PAGE as i64;
-        let view = |pool: &Tensor| {
-            let rows = count * self.kv_heads * length;
-            let first = self.shared * self.kv_heads;
-            pool.f_narrow(0, first, rows)?.f_unflatten(0, [count, self.kv_heads, length])
+        self.regions(layer, self.page(0), count)
+    }
+
+    /// Keys and values of `count` regions as long as `first`, one after another: views without
+    /// a gap, `[count, kv_heads, tokens, head_dim]`.
+    fn regions(&self, layer: usize, first: Region, count: i64) -> Result<[Tensor; 2], TchError> {
+        let Region { start, length } = first;
+        let view = |ahead: i64| {
+            self.layers[layer]
+                .f_narrow(0, (ahead + start) * self.kv_heads, count * length * self.kv_heads)?
+                .f_unflatten(0, [count, self.kv_heads, length])
         };
-        let [keys, values] = &self.layers[layer];
-        Ok([view(keys)?, view(values)?])
+        Ok([view(0)?, view(self.held())?])
     }
 
     /// Copies pages, of which none is both read and written.
     pub(super) fn copy(&self, copies: &[Copied]) -> Result<(), TchError> {
-        let Some([keys, _]) = self.layers.first() else { return Ok(()) };
+        let Some(layer) = self.layers.first() else { return Ok(()) };
         if copies.is_empty() {
             return Ok(());
         }
         let [from, to] = [|copied: &Copied| copied.from, |copied: &Copied| copied.to];
         let both = copies.iter().map(from).chain(copies.iter().map(to));
         let both: Vec<i64> = both.map(|page| page as i64).collect();
-        let both = host::upload(&both, keys.device())?.f_chunk(2, 0)?;
+        let both = host::upload(&both, layer.device())?.f_chunk(2, 0)?;
         let most = copies.iter().map(|&Copied { from, to }| from.max(to)).max().unwrap_or(0);
         for layer in 0..self.layers.len() {
             for mut pool in self.pages(layer, most as i64 + 1)? {

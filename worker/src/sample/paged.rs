@@ -1,24 +1,18 @@
-//! Attention of rows that decode, page by page.
+//! Attention of rows that decode, over their pages of the cache.
 //!
-//! One product has all pages of the pool and the queries of their rows, another the weights
-//! and the values; nothing is copied, and hardly anything is padded. With softmax denominators
-//! Zₚ, a page's attention aₚ is joined with that of its row's other pages:
+//! On a CPU a kernel of ours reads each page once, where it is. Elsewhere it is libtorch's
+//! products ([`products`]).
 //!
-//! ```text
-//! attention = Σ wₚ aₚ        w = softmax of ln Z over the row's pages
-//! ```
-//!
-//! libtorch's flash kernel for CPUs takes twice as long where few queries are asked of long
+//! libtorch's flash kernel for CPUs takes four times as long where few queries are asked of long
 //! rows: it multiplies row after row, and on AMD's processors with no instructions for bf16.
+
+mod products;
 
 use tch::{Device, Kind, TchError, Tensor};
 
+use self::products::Products;
 use super::cache::PAGE;
-use crate::host;
-
-/// Added to scores of what a query does not see. Not −∞: of a page that is out of sight
-/// there are only such, and −∞ less −∞ is no number.
-const HIDDEN: f64 = -1e30;
+use crate::{host, kernels};
 
 /// A row that decodes.
 #[derive(Debug, Clone, Copy)]
@@ -33,90 +27,27 @@ pub(super) struct Decoding<'a> {
 
 impl Decoding<'_> {
     /// Pages that have what its queries see.
-    fn needed(&self) -> usize {
-        (self.before + self.tokens).div_ceil(PAGE)
+    fn needed(&self) -> &[usize] {
+        &self.pages[..(self.before + self.tokens).div_ceil(PAGE)]
     }
 
-    /// What the query in `place` (from 0; those behind the last are as the last) sees of its
-    /// `index`-th page: from which token to which.
-    fn sees(&self, place: usize, index: usize, window: Option<i64>) -> [i64; 2] {
-        let position = (self.before + place.min(self.tokens - 1)) as i64;
-        let end = position + 1 - (index * PAGE) as i64;
-        let start = window.map_or(0, |window| end - window);
-        [start, end].map(|token| token.clamp(0, PAGE as i64))
+    /// From which of the row's tokens to which the `query`-th new one sees them.
+    fn sees(&self, query: usize, window: Option<i64>) -> [i64; 2] {
+        let end = (self.before + query) as i64 + 1;
+        [window.map_or(0, |window| (end - window).max(0)), end]
     }
 }
 
-/// What the device is told of the rows, in one piece.
-#[derive(Debug, Default)]
-struct Lists {
-    /// Of each page its row.
-    owners: Vec<i64>,
-    /// Of each page and query, from which token to which it is in sight.
-    starts: Vec<i64>,
-    ends: Vec<i64>,
-    /// Of each row its pages, and whether each of them only fills up.
-    tables: Vec<i64>,
-    absent: Vec<i64>,
-    /// Of each row's each query its token, and back.
-    to: Vec<i64>,
-    back: Vec<i64>,
-}
-
-impl Lists {
-    /// With as many `queries` and pages (`most`) for each row.
-    fn of(
-        rows: &[Decoding<'_>],
-        used: usize,
-        window: Option<i64>,
-        [queries, most]: [usize; 2],
-    ) -> Self {
-        let mut lists = Self {
-            owners: vec![0; used],
-            starts: vec![0; used * queries],
-            ends: vec![PAGE as i64; used * queries],
-            ..Self::default()
-        };
-        for (at, row) in rows.iter().enumerate() {
-            for (index, &page) in row.pages.iter().enumerate() {
-                lists.owners[page] = at as i64;
-                for place in 0..queries {
-                    let entry = page * queries + place;
-                    [lists.starts[entry], lists.ends[entry]] = row.sees(place, index, window);
-                }
-            }
-            let last = row.needed() - 1;
-            lists.tables.extend((0..most).map(|index| row.pages[index.min(last)] as i64));
-            lists.absent.extend((0..most).map(|index| i64::from(index > last)));
-            let first = lists.back.len();
-            lists.to.extend((0..queries).map(|place| (first + place.min(row.tokens - 1)) as i64));
-            lists.back.extend((0..row.tokens).map(|place| (at * queries + place) as i64));
-        }
-        lists
-    }
-
-    fn in_order(self) -> [Vec<i64>; 7] {
-        let Self { owners, starts, ends, tables, absent, to, back } = self;
-        [owners, starts, ends, tables, absent, to, back]
-    }
-}
-
-/// The rows of a step that decode, with as many queries each as the most has.
+/// The rows of a step that decode.
 #[derive(Debug)]
-pub(super) struct Paged {
-    rows: i64,
-    queries: i64,
-    /// Of each row's each query its token, `[rows · queries]`, and of each token its place
-    /// among these; none where all rows have one.
-    spread: Option<[Tensor; 2]>,
-    /// Of each page in use its row, `[pages]`; those of rows that do not decode have any.
-    owners: Tensor,
-    /// What is added to scores, as they are laid out.
-    mask: Tensor,
-    /// Each row's pages, `[rows, most]` flat; the last one again where a row has fewer.
-    tables: Tensor,
-    /// `[rows, most, 1, 1, 1, 1]`, fp32: hides those.
-    absent: Tensor,
+pub(super) enum Paged {
+    Kernel {
+        /// Each token's row's pages, `[tokens, most]`; any, where it has fewer.
+        tables: Tensor,
+        /// From which of its row's tokens to which each token sees them, `[tokens, 2]`.
+        sights: Tensor,
+    },
+    Products(Products),
 }
 
 impl Paged {
@@ -125,41 +56,35 @@ impl Paged {
         rows: &[Decoding<'_>],
         used: usize,
         window: Option<i64>,
-        [heads, kv_heads]: [i64; 2],
+        heads: [i64; 2],
         (kind, device): (Kind, Device),
     ) -> Result<Self, TchError> {
-        let queries = rows.iter().map(|row| row.tokens).max().unwrap_or(1);
-        let most = rows.iter().map(Decoding::needed).max().unwrap_or(1);
-        let all = Lists::of(rows, used, window, [queries, most]).in_order();
-        let lengths = all.each_ref().map(|values| values.len() as i64);
-        let all = host::upload(&all.concat(), device)?.f_split_with_sizes(lengths, 0)?;
-        let [owners, starts, ends, tables, absent, to, back] = &all[..] else {
-            return Err(TchError::Shape(format!("{lengths:?} split into {}", all.len())));
-        };
-        let [rows, queries, most] = [rows.len(), queries, most].map(|count| count as i64);
-        let per_query = |x: &Tensor| x.f_view([-1, 1, queries, 1, 1]);
-        let places = Tensor::f_arange(PAGE as i64, (Kind::Int64, device))?;
-        let hidden = places.f_ge_tensor(&per_query(ends)?)?;
-        let hidden = hidden.f_logical_or(&places.f_lt_tensor(&per_query(starts)?)?)?;
-        let hide = |hidden: &Tensor, kind| hidden.f_to_kind(kind)?.f_mul_scalar(HIDDEN);
-        let of_heads = [-1, kv_heads, queries, heads / kv_heads, PAGE as i64];
-        Ok(Self {
-            rows,
-            queries,
-            spread: (queries > 1).then(|| [to.shallow_clone(), back.shallow_clone()]),
-            owners: owners.shallow_clone(),
-            mask: hide(&hidden, kind)?
-                .f_expand(of_heads, false)?
-                .f_flatten(2, 3)?
-                .f_flatten(0, 1)?,
-            tables: tables.shallow_clone(),
-            absent: hide(&absent.f_view([rows, most, 1, 1, 1, 1])?, Kind::Float)?,
+        if !kernels::are_for(kind, device) {
+            return Products::new(rows, used, window, heads, device).map(Self::Products);
+        }
+        let most = rows.iter().map(|row| row.needed().len()).max().unwrap_or(1);
+        let (mut tables, mut sights) = (Vec::new(), Vec::new());
+        for row in rows {
+            for query in 0..row.tokens {
+                let pages = row.needed().iter().map(|&page| page as i64);
+                tables.extend(pages.chain(std::iter::repeat(0)).take(most));
+                sights.extend(row.sees(query, window));
+            }
+        }
+        let lengths = [&tables, &sights].map(|values| values.len() as i64);
+        let both = host::upload(&[tables, sights].concat(), device)?;
+        Ok(Self::Kernel {
+            tables: both.f_narrow(0, 0, lengths[0])?.f_view([-1, most as i64])?,
+            sights: both.f_narrow(0, lengths[0], lengths[1])?.f_view([-1, 2])?,
         })
     }
 
     /// How many tokens its rows have.
     pub(super) fn tokens(&self) -> i64 {
-        self.spread.as_ref().map_or(self.rows, |[_, back]| back.size()[0])
+        match self {
+            Self::Kernel { sights, .. } => sights.size()[0],
+            Self::Products(products) => products.tokens(),
+        }
     }
 
     /// Attends: `queries` `[tokens, heads, head_dim]`, the rows' new tokens one after another,
@@ -169,60 +94,20 @@ impl Paged {
     pub(super) fn attend(
         &self,
         queries: &Tensor,
-        [keys, values]: [&Tensor; 2],
+        keys_and_values: [&Tensor; 2],
         scale: f64,
         wants_sums: bool,
     ) -> Result<(Tensor, Option<Tensor>), TchError> {
-        let (pages, kv_heads, _, head_dim) = keys.size4()?;
-        let group = queries.size()[1] / kv_heads;
-        let queries = match &self.spread {
-            Some([to, _]) => queries.f_index_select(0, to)?,
-            None => queries.shallow_clone(),
-        };
-        // Heads that share a key head stand as its queries, so nothing is repeated.
-        let by_row = queries.f_reshape([self.rows, self.queries, kv_heads, group, head_dim])?;
-        let by_page = by_row.f_transpose(1, 2)?.f_index_select(0, &self.owners)?;
-        let queries = by_page.f_view([pages * kv_heads, -1, head_dim])?;
-        let keys = keys.f_flatten(0, 1)?.f_transpose(1, 2)?;
-        // On a CPU fp32 is quicker from here on, and it is more exact.
-        let scores = self.mask.f_baddbmm(&queries, &keys, 1.0, scale)?.f_to_kind(Kind::Float)?;
-        let weights = scores.f_softmax(-1, Kind::Float)?;
-        let attended = weights.f_to_kind(values.kind())?.f_bmm(&values.f_flatten(0, 1)?)?;
-        // The largest weight is that of the highest score s: exp(s) / Z.
-        let largest = |x: &Tensor| x.f_amax([-1], true);
-        let log_sums = largest(&scores)?.f_sub_(&largest(&weights)?.f_log_()?)?;
-
-        let by_row = |x: &Tensor| {
-            x.f_view([pages, kv_heads, self.queries, group, -1])?
-                .f_index_select(0, &self.tables)?
-                .f_unflatten(0, [self.rows, -1])
-        };
-        let by_token = |x: &Tensor| {
-            let all = x.f_transpose(1, 2)?.f_flatten(2, 3)?.f_flatten(0, 1)?;
-            match &self.spread {
-                Some([_, back]) => all.f_index_select(0, back),
-                None => Ok(all),
+        match self {
+            Self::Kernel { tables, sights } => {
+                let [output, sums] =
+                    kernels::paged_attention(queries, keys_and_values, [tables, sights], scale)?;
+                Ok((output, wants_sums.then_some(sums)))
             }
-        };
-        let log_sums = by_row(&log_sums)?.f_add_(&self.absent)?;
-        let highest = log_sums.f_amax([1], true)?;
-        let shares = log_sums.f_sub(&highest)?.f_exp_()?;
-        let parts = by_row(&attended)?.f_to_kind(Kind::Float)?.f_mul_(&shares)?;
-        // Spread over whole vectors, sums are taken in one order however many queries there
-        // are: a guess then changes no bit.
-        let spread = shares.f_expand_as(&parts)?;
-        let sum = |x: &Tensor| x.f_sum_dim_intlist(1, false, Kind::Float);
-        let whole = sum(&spread)?;
-        let joined = sum(&parts)?.f_div_(&whole)?.f_to_kind(values.kind())?;
-        let sums = match wants_sums {
-            true => {
-                let log_sums = whole.f_select(-1, 0)?.f_log()?;
-                let highest = highest.f_squeeze_dim(1)?.f_squeeze_dim(-1)?;
-                Some(by_token(&log_sums.f_add(&highest)?)?)
+            Self::Products(products) => {
+                products.attend(queries, keys_and_values, scale, wants_sums)
             }
-            false => None,
-        };
-        Ok((by_token(&joined)?, sums))
+        }
     }
 }
 
@@ -232,9 +117,13 @@ mod tests {
     use super::*;
     use crate::model::ops::causal_mask;
 
-    const HEADS: [i64; 2] = [6, 2];
-    const HEAD_DIM: i64 = 16;
-    const SCALE: f64 = 0.3;
+    /// Heads, heads of keys, and elements of one: of whole vectors, with more behind them, and
+    /// less; groups that go through the pages at once, and in two parts.
+    const SHAPES: [[i64; 3]; 4] = [[6, 2, 16], [14, 2, 64], [5, 5, 40], [4, 1, 96]];
+
+    fn scale(width: i64) -> f64 {
+        1.2 / (width as f64).sqrt()
+    }
 
     /// What `row`'s queries (`[tokens, heads, head_dim]`) get, and the log of the denominator,
     /// as it is written down.
@@ -249,55 +138,97 @@ mod tests {
         let [keys, values] = pool.map(|pool| {
             let theirs = pool.index_select(0, &Tensor::from_slice(&pages)).transpose(0, 1);
             let theirs = theirs.flatten(1, 2).narrow(1, 0, length).to_kind(Kind::Double);
-            theirs.repeat_interleave_self_int(HEADS[0] / HEADS[1], 0, None)
+            let group = queries.size()[1] / theirs.size()[0];
+            theirs.repeat_interleave_self_int(group, 0, None)
         });
         let queries = queries.to_kind(Kind::Double).transpose(0, 1);
         let shape = [row.tokens as i64, length];
         let options = (Kind::Double, Device::Cpu);
         let mask = causal_mask(row.before as i64, shape, window, options).unwrap();
-        let scores = queries.matmul(&keys.transpose(1, 2)) * SCALE + mask;
+        let scores = queries.matmul(&keys.transpose(1, 2)) * scale(queries.size()[2]) + mask;
         let attended = scores.softmax(-1, Kind::Double).matmul(&values);
         [attended.transpose(0, 1), scores.logsumexp([-1], false).transpose(0, 1)]
     }
 
-    /// Rows of a few pages and of one, with guesses and without, over pages in any order; of
-    /// two pages nobody asks. A guess ends at a page's end, and one goes beyond.
+    fn assert_close(ours: &Tensor, expected: &Tensor, bound: f64, what: &str) {
+        let error = ((ours - expected).norm() / expected.norm()).double_value(&[]);
+        assert!(error < bound, "{what}: {error:.1e}");
+    }
+
+    /// Both ways, for rows of a few pages and of one, over pages in any order; of two pages
+    /// nobody asks.
+    fn check(
+        [heads, kv_heads, width]: [i64; 3],
+        kind: Kind,
+        window: Option<i64>,
+        tokens: [usize; 4],
+    ) {
+        let pages = [vec![7, 2, 5], vec![0], vec![4, 1], vec![3, 8]];
+        let before = [2 * PAGE + 9, 0, 2 * PAGE - 5, PAGE - 2];
+        let row =
+            |at: usize| Decoding { pages: &pages[at], before: before[at], tokens: tokens[at] };
+        let rows: Vec<Decoding<'_>> = (0..4).map(row).collect();
+        let random = |shape: &[i64]| Tensor::randn(shape, (kind, Device::Cpu));
+        let pool = || random(&[9, kv_heads, PAGE as i64, width]);
+        let (keys, values) = (pool(), pool());
+        let count = tokens.iter().sum::<usize>() as i64;
+        // As they lie in what is projected: keys behind them.
+        let queries = random(&[count, heads + kv_heads, width]).narrow(1, 0, heads);
+
+        let all_heads = [heads, kv_heads];
+        let kernel = Paged::new(&rows, 9, window, all_heads, (kind, Device::Cpu)).unwrap();
+        assert!(matches!(kernel, Paged::Kernel { .. }));
+        let products = Products::new(&rows, 9, window, all_heads, Device::Cpu).unwrap();
+        // In bf16 products round scores, weights and each page's part, the kernel what comes out.
+        for (paged, of_bf16) in [(kernel, 4e-3), (Paged::Products(products), 2e-2)] {
+            let bound = if kind == Kind::Float { 1e-6 } else { of_bf16 };
+            assert_eq!(paged.tokens(), count);
+            let (output, sums) =
+                paged.attend(&queries, [&keys, &values], scale(width), true).unwrap();
+            let mut start = 0;
+            for row in &rows {
+                let theirs = |x: &Tensor| x.narrow(0, start, row.tokens as i64);
+                let [attended, log_sums] =
+                    plainly(row, &theirs(&queries), [&keys, &values], window);
+                let what = format!("{heads} {kv_heads} {width} {kind:?} {window:?} {row:?}");
+                assert_close(&theirs(&output), &attended, bound, &what);
+                assert_close(&theirs(sums.as_ref().unwrap()), &log_sums, bound, &what);
+                start += row.tokens as i64;
+            }
+        }
+    }
+
+    /// With guesses and without. A guess ends at a page's end, and one goes beyond.
     #[test]
     fn pages_joined_are_the_whole_row() {
         tch::manual_seed(8);
-        let pages = [vec![7, 2, 5], vec![0], vec![4, 1], vec![3, 8]];
+        for shape in SHAPES {
+            for kind in [Kind::Float, Kind::BFloat16] {
+                check(shape, kind, None, [1; 4]);
+                check(shape, kind, None, [1, 1, 5, 3]);
+                check(shape, kind, Some(40), [4, 1, 2, 9]);
+            }
+        }
+    }
+
+    /// To the last bit, whoever is beside it, and with its guesses or without.
+    #[test]
+    fn what_a_row_gets_is_its_own() {
+        tch::manual_seed(9);
+        let pages = [vec![2, 0], vec![1]];
+        let row = |at: usize, before, tokens| Decoding { pages: &pages[at], before, tokens };
         for kind in [Kind::Float, Kind::BFloat16] {
             let random = |shape: &[i64]| Tensor::randn(shape, (kind, Device::Cpu));
-            let pool = || random(&[9, HEADS[1], PAGE as i64, HEAD_DIM]);
-            let (keys, values) = (pool(), pool());
-            for (window, tokens) in [(None, [1; 4]), (None, [1, 1, 5, 3]), (Some(40), [4, 1, 2, 9])]
-            {
-                let before = [2 * PAGE + 9, 0, 2 * PAGE - 5, PAGE - 2];
-                let row = |at: usize| Decoding {
-                    pages: &pages[at],
-                    before: before[at],
-                    tokens: tokens[at],
-                };
-                let rows: Vec<Decoding<'_>> = (0..4).map(row).collect();
-                let count = tokens.iter().sum::<usize>() as i64;
-                let queries = random(&[count, HEADS[0], HEAD_DIM]);
-                let options = (kind, Device::Cpu);
-                let paged = Paged::new(&rows, 9, window, HEADS, options).unwrap();
-                assert_eq!(paged.tokens(), count);
-                let (output, sums) = paged.attend(&queries, [&keys, &values], SCALE, true).unwrap();
-                let mut start = 0;
-                for row in &rows {
-                    let theirs = |x: &Tensor| x.narrow(0, start, row.tokens as i64);
-                    let expected = plainly(row, &theirs(&queries), [&keys, &values], window);
-                    let bound = if kind == Kind::Float { 1e-6 } else { 1e-2 };
-                    for (ours, expected) in [&output, sums.as_ref().unwrap()].iter().zip(expected) {
-                        let error = (theirs(ours) - &expected).norm() / expected.norm();
-                        let error = error.double_value(&[]);
-                        assert!(error < bound, "{kind:?} {window:?} {row:?}: {error:.1e}");
-                    }
-                    start += row.tokens as i64;
-                }
-            }
+            let (keys, values) =
+                (random(&[3, 2, PAGE as i64, 64]), random(&[3, 2, PAGE as i64, 64]));
+            let queries = random(&[4, 6, 64]);
+            let attend = |rows: &[Decoding<'_>], queries: &Tensor| {
+                let paged = Paged::new(rows, 3, None, [6, 2], (kind, Device::Cpu)).unwrap();
+                paged.attend(queries, [&keys, &values], scale(64), false).unwrap().0
+            };
+            let together = attend(&[row(0, 70, 3), row(1, 20, 1)], &queries);
+            let alone = attend(&[row(0, 70, 1)], &queries.narrow(0, 0, 1));
+            assert_eq!(together.narrow(0, 0, 1), alone);
         }
     }
 }

@@ -9,7 +9,7 @@ use tch::{Device, Kind, TchError, Tensor};
 pub use self::cut::Survivor;
 use self::cut::{Candidate, Cut};
 use super::{SampleError, SamplingParams};
-use crate::host;
+use crate::{host, kernels};
 
 /// Candidates that a GPU looks for first. Sorting a whole vocabulary costs more than the
 /// step of a small model that made its logits; with top-p 0.9 the tokens that matter are
@@ -47,26 +47,19 @@ pub(super) fn choose(
     params: &SamplingParams,
     draws: &[Draw<'_>],
 ) -> Result<Vec<Drawn>, SampleError> {
-    // bf16 is widened before it is divided, as transformers does.
-    let raw = logits.f_to_kind(Kind::Float)?;
-    let raw_normaliser = raw.f_logsumexp([-1], true)?;
-    let edited = edit(&raw, params, draws)?;
-    let scores = edited.as_ref().unwrap_or(&raw);
     if params.temperature == 0.0 {
-        return greedy(scores, &raw, &raw_normaliser);
+        return greedy(logits, params, draws);
     }
-    let scores = scores.f_div_scalar(params.temperature)?;
-    let normaliser = scores.f_logsumexp([-1], true)?;
     match logits.device() {
-        Device::Cpu => on_cpu(&scores, &normaliser, &raw, &raw_normaliser, params, draws),
-        _ => on_gpu(&scores, &normaliser, &raw, &raw_normaliser, params, draws),
+        Device::Cpu => on_cpu(logits, params, draws),
+        _ => on_gpu(logits, params, draws),
     }
 }
 
-/// Scores with the repetition penalty, and without stop ids where none may be drawn yet;
-/// none where nothing changes.
+/// Scores, fp32, with the repetition penalty, and without stop ids where none may be drawn
+/// yet; none where nothing changes.
 fn edit(
-    raw: &Tensor,
+    logits: &Tensor,
     params: &SamplingParams,
     draws: &[Draw<'_>],
 ) -> Result<Option<Tensor>, TchError> {
@@ -75,9 +68,9 @@ fn edit(
     if !penalised && !draws.iter().any(early) {
         return Ok(None);
     }
-    let scores = raw.f_empty_like()?;
-    scores.shallow_clone().f_copy_(raw)?;
-    let upload = |ids: &[i64]| host::upload(ids, raw.device());
+    // bf16 is widened before anything is done to it, as transformers does.
+    let scores = logits.f_to_dtype(Kind::Float, false, true)?;
+    let upload = |ids: &[i64]| host::upload(ids, logits.device());
     let stop_ids: Vec<i64> = params.stop_ids.iter().copied().map(i64::from).collect();
     for (row, draw) in (0..).zip(draws) {
         let mut row = scores.f_select(0, row)?;
@@ -102,13 +95,17 @@ fn edit(
 }
 
 fn greedy(
-    scores: &Tensor,
-    raw: &Tensor,
-    raw_normaliser: &Tensor,
+    logits: &Tensor,
+    params: &SamplingParams,
+    draws: &[Draw<'_>],
 ) -> Result<Vec<Drawn>, SampleError> {
+    let edited = edit(logits, params, draws)?;
+    let raw = logits.f_to_kind(Kind::Float)?;
+    let raw_normaliser = raw.f_logsumexp([-1], true)?;
+    let scores = edited.as_ref().unwrap_or(&raw);
     let ids = scores.f_argmax(-1, true)?;
     let best = raw.f_gather(-1, &ids, false)?;
-    let packed = download(&[&best, raw_normaliser, &ids.f_to_kind(Kind::Float)?])?;
+    let packed = download(&[&best, &raw_normaliser, &ids.f_to_kind(Kind::Float)?])?;
     let drawn = |row: &[f32]| Ok(Drawn { id: row[2] as u32, logp: finite(row[0])? - row[1] });
     packed.chunks_exact(3).map(drawn).collect()
 }
@@ -142,69 +139,87 @@ pub fn survivors(
     });
     let draws: Vec<Draw<'_>> = draws.collect();
     #[expect(clippy::disallowed_methods, reason = "a question from outside; no loop asks it")]
-    let raw = logits.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
-    let scores = edit(&raw, params, &draws)?.unwrap_or(raw).f_div_scalar(params.temperature)?;
-    let normaliser = scores.f_logsumexp([-1], true)?;
-    settle(&scores, &normaliser, params, &draws, Cut::survivors)
+    let logits = logits.f_to_device(Device::Cpu)?;
+    let settled = settle(&logits, params, &draws, Cut::survivors)?;
+    Ok(settled.into_iter().map(|(survivors, _)| survivors).collect())
 }
 
 /// Looks at all scores where they are.
 fn on_cpu(
-    scores: &Tensor,
-    normaliser: &Tensor,
-    raw: &Tensor,
-    raw_normaliser: &Tensor,
+    logits: &Tensor,
     params: &SamplingParams,
     draws: &[Draw<'_>],
 ) -> Result<Vec<Drawn>, SampleError> {
-    let ids = settle(scores, normaliser, params, draws, Cut::draw)?;
-    let index: Vec<i64> = ids.iter().copied().map(i64::from).collect();
-    let logits = raw.f_gather(-1, &host::upload(&index, Device::Cpu)?.f_unsqueeze(1)?, false)?;
-    let logps = download(&[&logits.f_sub(raw_normaliser)?])?;
-    Ok(ids.into_iter().zip(logps).map(|(id, logp)| Drawn { id, logp }).collect())
+    let settled = settle(logits, params, draws, Cut::draw)?;
+    let index: Vec<i64> = settled.iter().map(|&(id, _)| i64::from(id)).collect();
+    let index = host::upload(&index, Device::Cpu)?.f_unsqueeze(1)?;
+    let raw = host::read(&logits.f_gather(-1, &index, false)?)?;
+    let drawn = |((id, normaliser), raw)| Drawn { id, logp: raw - normaliser };
+    Ok(settled.into_iter().zip(raw).map(drawn).collect())
 }
 
-/// What `by` makes of each row: of the candidates near its best score where these settle
-/// it, else of all.
+/// What `by` makes of each row of `logits`: of the candidates near its best score where these
+/// settle it, else of all. Beside it ln Σ exp(logit).
 fn settle<'a, T: Default>(
-    scores: &Tensor,
-    normaliser: &Tensor,
+    logits: &Tensor,
     params: &'a SamplingParams,
     draws: &[Draw<'_>],
     by: impl Fn(&Cut<'a>, Vec<Candidate>, bool) -> Option<T>,
-) -> Result<Vec<T>, SampleError> {
-    let vocab = scores.size2()?.1 as usize;
-    let heads = download(&[&scores.f_amax([-1], true)?, normaliser])?;
-    let scores = host::read(scores)?;
-    let rows = scores.chunks_exact(vocab).zip(heads.chunks_exact(2)).zip(draws);
-    let settled = |((scores, head), draw): ((&[f32], &[f32]), &Draw<'_>)| {
-        let (best, log_normaliser) = (head[0], f64::from(finite(head[1])?));
-        let cut = Cut { params, log_normaliser, uniform: draw.uniform };
-        let above = |floor: f32| -> Vec<Candidate> {
-            let all = (0..).zip(scores).map(|(id, &score)| Candidate { score, id });
-            all.filter(|candidate| candidate.score > floor).collect()
-        };
-        let near = DEPTHS.iter().find_map(|depth| by(&cut, above(best - depth), false));
-        let found = near.or_else(|| by(&cut, above(f32::NEG_INFINITY), true));
-        Ok(found.unwrap_or_default())
+) -> Result<Vec<(T, f32)>, SampleError> {
+    let logits = match kernels::are_for(logits.kind(), logits.device()) {
+        true => logits.shallow_clone(),
+        false => logits.f_to_kind(Kind::Float)?,
     };
-    rows.map(settled).collect()
+    let edited = edit(&logits, params, draws)?;
+    let scores = edited.as_ref().unwrap_or(&logits);
+    let temperature = params.temperature;
+    let [summaries, leaders] = kernels::leaders(scores, temperature, f64::from(DEPTHS[0]))?;
+    let (summaries, leaders) = (host::read(&summaries)?, host::read(&leaders)?);
+    let raw_normalisers: Vec<f32> = match edited {
+        None => summaries.chunks_exact(4).map(|summary| summary[1]).collect(),
+        Some(_) => host::read(&logits.f_to_kind(Kind::Float)?.f_logsumexp([-1], false)?)?,
+    };
+    let leader = |pair: &[f32]| Candidate { score: pair[1], id: pair[0] as u32 };
+    let mut leaders = leaders.chunks_exact(2).map(leader);
+    let mut settled = Vec::with_capacity(draws.len());
+    for ((row, summary), draw) in (0..).zip(summaries.chunks_exact(4)).zip(draws) {
+        let (best, log_normaliser) = (summary[0], f64::from(finite(summary[2])?));
+        let cut = Cut { params, log_normaliser, uniform: draw.uniform };
+        let near = leaders.by_ref().take(summary[3] as usize).collect();
+        let found = match by(&cut, near, false) {
+            Some(found) => found,
+            None => {
+                let all = scores.f_get(row)?.f_to_kind(Kind::Float)?.f_div_scalar(temperature)?;
+                let all = host::read(&all)?;
+                let above = |floor: f32| -> Vec<Candidate> {
+                    let all = (0..).zip(&all).map(|(id, &score)| Candidate { score, id });
+                    all.filter(|candidate| candidate.score > floor).collect()
+                };
+                let near = by(&cut, above(best - DEPTHS[1]), false);
+                near.or_else(|| by(&cut, above(f32::NEG_INFINITY), true)).unwrap_or_default()
+            }
+        };
+        settled.push((found, raw_normalisers[row as usize]));
+    }
+    Ok(settled)
 }
 
 /// Brings the highest scores of each row to the host.
 fn on_gpu(
-    scores: &Tensor,
-    normaliser: &Tensor,
-    raw: &Tensor,
-    raw_normaliser: &Tensor,
+    logits: &Tensor,
     params: &SamplingParams,
     draws: &[Draw<'_>],
 ) -> Result<Vec<Drawn>, SampleError> {
+    let edited = edit(logits, params, draws)?;
+    let raw = logits.f_to_kind(Kind::Float)?;
+    let raw_normaliser = raw.f_logsumexp([-1], true)?;
+    let scores = edited.as_ref().unwrap_or(&raw).f_div_scalar(params.temperature)?;
+    let normaliser = scores.f_logsumexp([-1], true)?;
     let vocab = scores.size2()?.1;
     let k = vocab.min(CANDIDATES.max(i64::from(params.top_k) + 1));
     let (top, ids) = scores.f_topk(k, -1, true, true)?;
-    let logits = raw.f_gather(-1, &ids, false)?.f_sub(raw_normaliser)?;
-    let packed = download(&[normaliser, &top, &ids.f_to_kind(Kind::Float)?, &logits])?;
+    let logits = raw.f_gather(-1, &ids, false)?.f_sub(&raw_normaliser)?;
+    let packed = download(&[&normaliser, &top, &ids.f_to_kind(Kind::Float)?, &logits])?;
     let k = k as usize;
     let mut chosen = Vec::with_capacity(draws.len());
     for ((row, packed), draw) in (0..).zip(packed.chunks_exact(1 + 3 * k)).zip(draws) {

@@ -9,53 +9,24 @@
 //! attention and MLP add to the residual, o and d.
 //!
 //! Kept for backward are h, qkv, a, m and [g, u], and o and d where they are normed; n₁, n₂
-//! and s are made again, and so is what comes of qkv where its heads are normed. Matrix
-//! products run over all rows at once: libtorch gives those of some hundred rows and
-//! narrow outputs to one core alone. What lies between them goes through a few rows
-//! at a time ([`Tiles`]), so that its many small passes stay in the cores' caches.
+//! and s are made again, and so is what comes of qkv where its heads are normed. All of it
+//! runs over all rows at once: libtorch gives products of some hundred rows and narrow outputs
+//! to one core alone.
 
 mod norms;
 
-use tch::{Device, Kind, TchError, Tensor};
+use tch::{Kind, TchError, Tensor};
 
 use super::attention::Attention;
-use super::packing::{Packed, Rows};
+use super::packing::Packed;
 use crate::model::ops::Linear;
 use crate::model::{Block, ModelConfig, PerBlock, Rotary};
-
-/// Bytes of a tile of [g, u], where it is widest, on a CPU. From a quarter of this to
-/// twice it makes no difference; without tiles long micro-batches take 4 % more time.
-const TILE_BYTES: i64 = 3 << 20;
-
-/// How a micro-batch's rows are walked by what is no matrix product: a few at a time on
-/// a CPU, all at once on a GPU.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Tiles {
-    rows: i64,
-    length: i64,
-}
-
-impl Tiles {
-    /// Of `rows` rows whose widest activation has `width` elements of `kind`.
-    pub(super) fn new(rows: i64, width: i64, kind: Kind, device: Device) -> Self {
-        let length = match device {
-            Device::Cpu => TILE_BYTES / (width * kind.elt_size_in_bytes() as i64),
-            _ => rows,
-        };
-        Self { rows, length }
-    }
-
-    fn iter(self) -> impl Iterator<Item = Rows> {
-        Rows::cover(self.rows, self.length)
-    }
-}
 
 /// A block, and what it computes on.
 pub(super) struct BlockPass<'a> {
     pub(super) block: &'a Block,
     pub(super) packed: &'a Packed,
     pub(super) rotary: &'a Rotary,
-    pub(super) tiles: Tiles,
 }
 
 /// What a block's backward needs of its forward.
@@ -142,7 +113,7 @@ impl BlockPass<'_> {
         drop(middle);
 
         let norm = self.block.attention_output_norm().zip(places.attention_output_norm);
-        let by_output = self.output_norm_backward(norm, attention_output, &by_middle, add)?;
+        let by_output = Self::output_norm_backward(norm, attention_output, &by_middle, add)?;
         let by_attended = self.block.output().backward(&by_output)?;
         add(places.output, &Linear::by_weight(&by_output, &attended)?)?;
         if let Some(place) = places.output_bias {
@@ -167,7 +138,7 @@ impl BlockPass<'_> {
 
     /// qkv = norm₁(h) Wqkvᵀ, and rotated where its heads are not normed ahead of that.
     fn queries_keys_values(&self, input: &Tensor) -> Result<Tensor, TchError> {
-        let normed = self.norm(self.block.input_norm(), input)?;
+        let normed = self.block.input_norm().forward(input)?;
         let qkv = self.block.qkv().forward(&normed)?;
         if self.block.head_norms().is_none() {
             self.turn(&qkv, self.rotary)?;
@@ -182,21 +153,17 @@ impl BlockPass<'_> {
         attended: &Tensor,
     ) -> Result<(Tensor, Option<Tensor>), TchError> {
         let output = self.block.output().forward(attended)?;
-        self.add_to_residual(output, self.block.attention_output_norm(), input)
+        Self::add_to_residual(output, self.block.attention_output_norm(), input)
     }
 
     /// h' = m + d, and what is kept.
     fn add_mlp(&self, middle: &Tensor) -> Result<(Tensor, KeptMlp), TchError> {
-        let normed = self.norm(self.block.mlp_norm(), middle)?;
+        let normed = self.block.mlp_norm().forward(middle)?;
         let gate_up = self.block.gate_up().forward(&normed)?;
         drop(normed);
-        let activated = empty_like(middle, self.block.down().weight.size()[1])?;
-        let activation = self.block.activation();
-        for rows in self.tiles.iter() {
-            activation.gated_into(&rows.of(&gate_up)?, &rows.of(&activated)?)?;
-        }
+        let activated = self.block.activation().gated(&gate_up)?;
         let output = self.block.down().forward(&activated)?;
-        let (sum, output) = self.add_to_residual(output, self.block.mlp_output_norm(), middle)?;
+        let (sum, output) = Self::add_to_residual(output, self.block.mlp_output_norm(), middle)?;
         Ok((sum, KeptMlp { gate_up, output }))
     }
 
@@ -211,19 +178,15 @@ impl BlockPass<'_> {
     ) -> Result<Tensor, TchError> {
         let KeptMlp { gate_up, output } = kept;
         let norm = self.block.mlp_output_norm().zip(places.mlp_output_norm);
-        let by_output = self.output_norm_backward(norm, output, gradient, add)?;
+        let by_output = Self::output_norm_backward(norm, output, gradient, add)?;
         let by_activated = self.block.down().backward(&by_output)?;
         let activated = by_activated.f_empty_like()?;
-        let activation = self.block.activation();
-        for rows in self.tiles.iter() {
-            let (by_activated, activated) = (rows.of(&by_activated)?, rows.of(&activated)?);
-            activation.gated_backward(&rows.of(&gate_up)?, &by_activated, &activated)?;
-        }
+        self.block.activation().gated_backward(&gate_up, &by_activated, &activated)?;
         add(places.down, &Linear::by_weight(&by_output, &activated)?)?;
         drop((activated, by_activated, by_output));
 
         let by_normed = self.block.gate_up().backward(&gate_up)?;
-        let norm = self.norm_backward(self.block.mlp_norm(), middle, &by_normed, gradient)?;
+        let norm = Self::norm_backward(self.block.mlp_norm(), middle, &by_normed, gradient)?;
         add(places.gate_up, &Linear::by_weight(&gate_up, &norm.output)?)?;
         add(places.mlp_norm, &norm.by_weight)?;
         Ok(norm.by_input)
@@ -242,19 +205,15 @@ impl BlockPass<'_> {
             add(place, &Linear::by_bias(by_qkv)?)?;
         }
         let by_normed = self.block.qkv().backward(by_qkv)?;
-        let norm = self.norm_backward(self.block.input_norm(), input, &by_normed, by_middle)?;
+        let norm = Self::norm_backward(self.block.input_norm(), input, &by_normed, by_middle)?;
         add(places.qkv, &Linear::by_weight(by_qkv, &norm.output)?)?;
         add(places.input_norm, &norm.by_weight)?;
         Ok(norm.by_input)
     }
 
-    /// Turns queries and keys, tile by tile, in place.
+    /// Turns queries and keys in place.
     fn turn(&self, qkv: &Tensor, rotary: &Rotary) -> Result<(), TchError> {
-        for rows in self.tiles.iter() {
-            let mut turned = self.block.by_head(&rows.of(qkv)?)?.queries_and_keys;
-            turned.f_copy_(&rotary.narrow(rows.start, rows.length)?.rotate(&turned)?)?;
-        }
-        Ok(())
+        rotary.rotate(&self.block.by_head(qkv)?.queries_and_keys)
     }
 
     fn like_queries(&self, qkv: &Tensor) -> Result<Tensor, TchError> {

@@ -1,6 +1,6 @@
 //! Attention, forward and backward, on either kind of device.
 //!
-//! On a CPU forward is libtorch's fused kernel, which leaves a number per query, and
+//! On a CPU forward is a fused kernel, ours or libtorch's, which leaves a number per query, and
 //! [`backward`] goes from there. Elsewhere both directions are libtorch's: it chooses the
 //! kernel, and autograd remembers which.
 
@@ -9,6 +9,7 @@ mod backward;
 use tch::{Device, TchError, Tensor};
 
 use super::attention::Qkv;
+use crate::kernels;
 use crate::model::ops::operands;
 
 /// Which scores a call takes, and how.
@@ -32,7 +33,7 @@ impl Sight<'_> {
 /// What one call leaves for its backward.
 #[derive(Debug)]
 pub(super) enum Kernel {
-    /// Log of the softmax's denominator, `[1, heads, queries]`, fp32.
+    /// Log of the softmax's denominator, `[heads, queries]`, fp32.
     Flash(Tensor),
     /// Leaves and output of a recorded graph, `[1, heads, tokens, head_dim]` each.
     Recorded {
@@ -52,9 +53,22 @@ impl Kernel {
         match attended.device() {
             // A reply that is not there; kernels want queries.
             _ if attended.size()[0] == 0 => Ok(Self::Flash(attended.shallow_clone())),
+            device
+                if kernels::are_for(attended.kind(), device)
+                    && kernels::multiplies_by_vectors() =>
+            {
+                Self::by_vectors(qkv, sight, attended)
+            }
             Device::Cpu => Self::flash(qkv, sight, attended),
             _ => Self::recorded(qkv, sight, attended),
         }
+    }
+
+    fn by_vectors(qkv: &Qkv, sight: Sight<'_>, attended: &Tensor) -> Result<Self, TchError> {
+        let Qkv { queries, keys, values } = qkv;
+        let window = sight.window.unwrap_or(i64::MAX);
+        kernels::causal_attention([queries, keys, values], sight.scale, window, attended)
+            .map(Self::Flash)
     }
 
     fn flash(qkv: &Qkv, sight: Sight<'_>, attended: &Tensor) -> Result<Self, TchError> {
@@ -70,7 +84,7 @@ impl Kernel {
             sight.scale,
         )?;
         attended.shallow_clone().f_copy_(&token_major(&output)?)?;
-        Ok(Self::Flash(log_sum_exp))
+        Ok(Self::Flash(log_sum_exp.f_squeeze_dim(0)?))
     }
 
     fn recorded(qkv: &Qkv, sight: Sight<'_>, attended: &Tensor) -> Result<Self, TchError> {
@@ -160,30 +174,33 @@ mod tests {
     use super::*;
     use crate::model::ops::{causal_mask, product_kind};
 
-    /// Queries, keys ahead of them, a window, heads of queries and of keys. 900 queries are
-    /// several tiles.
-    type Call = (i64, i64, Option<i64>, [i64; 2]);
-    const CALLS: [Call; 7] = [
-        (5, 0, None, [4, 4]),
-        (5, 4, None, [6, 2]),
-        (900, 0, None, [4, 4]),
-        (900, 0, None, [6, 2]),
-        (900, 130, None, [6, 2]),
-        (900, 0, Some(40), [6, 2]),
-        (900, 130, Some(500), [4, 4]),
+    /// Queries, keys ahead of them, a window; heads of queries and of keys, and elements of one.
+    /// 900 queries are several tiles.
+    type Call = (i64, i64, Option<i64>, [i64; 3]);
+    const CALLS: [Call; 10] = [
+        (5, 0, None, [4, 4, 16]),
+        (5, 4, None, [6, 2, 16]),
+        (900, 0, None, [4, 4, 16]),
+        (900, 0, None, [6, 2, 16]),
+        (900, 130, None, [6, 2, 16]),
+        (900, 0, Some(40), [6, 2, 16]),
+        (900, 130, Some(500), [4, 4, 16]),
+        (300, 21, None, [14, 2, 64]),
+        (300, 0, Some(40), [5, 5, 40]),
+        (100, 7, None, [4, 1, 96]),
     ];
 
     /// How far a call's output and gradients by its inputs are from fp64's, in `kind`. Queries
     /// and keys are normal numbers times `spread`.
     fn errors(
-        (queries, before, window, [heads, kv_heads]): Call,
+        (queries, before, window, [heads, kv_heads, width]): Call,
         kind: Kind,
         spread: f64,
         run: fn(&Qkv, Sight<'_>, &Tensor) -> Result<Kernel, TchError>,
     ) -> [f64; 4] {
         tch::manual_seed(4);
         let random = |tokens: i64, heads: i64| {
-            Tensor::randn([tokens, heads, 16], (Kind::Float, Device::Cpu)).to_kind(kind)
+            Tensor::randn([tokens, heads, width], (Kind::Float, Device::Cpu)).to_kind(kind)
         };
         let mask = |kind| {
             let mask =
@@ -198,7 +215,8 @@ mod tests {
         let gradient = random(queries, heads);
         let of = |qkv: &Qkv, gradient: &Tensor, run: fn(&Qkv, Sight<'_>, &Tensor) -> _| {
             let mask = mask(product_kind(gradient.kind(), Device::Cpu));
-            let sight = Sight { mask: mask.as_ref(), window, scale: 0.3 };
+            let scale = 1.2 / (width as f64).sqrt();
+            let sight = Sight { mask: mask.as_ref(), window, scale };
             let attended = gradient.empty_like();
             let kernel: Result<Kernel, TchError> = run(qkv, sight, &attended);
             let by = kernel.unwrap().backward(qkv, sight, &attended, gradient).unwrap();
@@ -217,8 +235,10 @@ mod tests {
     #[test]
     fn by_hand_is_what_autograd_has() {
         for call in CALLS {
-            let errors = errors(call, Kind::Float, 1.0, Kernel::flash);
-            assert!(errors.iter().all(|&error| error < 1e-6), "{call:?}: {errors:?}");
+            for kernel in [Kernel::flash, Kernel::by_vectors] {
+                let errors = errors(call, Kind::Float, 1.0, kernel);
+                assert!(errors.iter().all(|&error| error < 1e-6), "{call:?}: {errors:?}");
+            }
         }
     }
 
@@ -229,9 +249,12 @@ mod tests {
         // Of a few tokens' gradients the first ones, which all but cancel, are most.
         for call in CALLS.into_iter().filter(|call| call.0 > 5) {
             let theirs = errors(call, Kind::BFloat16, 2.0, Kernel::recorded);
-            let ours = errors(call, Kind::BFloat16, 2.0, Kernel::flash);
-            for (ours, theirs) in ours.iter().zip(theirs) {
-                assert!(*ours < 0.01 && *ours < 3.0 * theirs, "{call:?}: {ours:.1e} {theirs:.1e}");
+            for kernel in [Kernel::flash, Kernel::by_vectors] {
+                let ours = errors(call, Kind::BFloat16, 2.0, kernel);
+                for (ours, theirs) in ours.iter().zip(theirs) {
+                    let close = *ours < 0.01 && *ours < 3.0 * theirs;
+                    assert!(close, "{call:?}: {ours:.1e} {theirs:.1e}");
+                }
             }
         }
     }

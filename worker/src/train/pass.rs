@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use tch::{Kind, TchError, Tensor};
 
-use super::block::{BlockPass, Kept, Tiles};
+use super::block::{BlockPass, Kept};
 use super::error::TrainError;
 use super::gradients::Gradients;
 use super::head::{Head, RowScores};
@@ -154,9 +154,12 @@ impl Pass<'_> {
                 }
             })
         })?;
-        let norm = self.policy.last_norm().backward(selected, &by_normed, None)?;
-        sink.gradients.add(sink.buckets, Buckets::NORM, &norm.by_weight)?;
-        Ok(head.spread(&norm.by_input.f_to_kind(self.policy.kind())?)?)
+        let by_normed = by_normed.f_to_kind(selected.kind())?;
+        let by_selected = selected.f_empty_like()?;
+        let norm = self.policy.last_norm();
+        let by_weight = norm.backward(selected, &by_normed, [None, None], &by_selected)?;
+        sink.gradients.add(sink.buckets, Buckets::NORM, &by_weight)?;
+        Ok(head.spread(&by_selected)?)
     }
 
     /// Adds `gradient`, that by the embedded tokens, to the rows of the
@@ -200,10 +203,7 @@ impl Pass<'_> {
     }
 
     fn block<'a>(&'a self, block: &'a Block, rotations: &'a Rotations) -> BlockPass<'a> {
-        let Packed { tokens, .. } = *self.packed;
-        let width = block.gate_up().weight.size()[0];
-        let tiles = Tiles::new(tokens, width, self.policy.kind(), self.policy.device());
-        BlockPass { block, packed: self.packed, rotary: block.rotary(rotations), tiles }
+        BlockPass { block, packed: self.packed, rotary: block.rotary(rotations) }
     }
 
     /// How many blocks, from the first, keep their input alone. The last ones

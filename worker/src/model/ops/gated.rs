@@ -2,6 +2,8 @@
 
 use tch::{TchError, Tensor};
 
+use crate::kernels;
+
 /// φ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
@@ -26,14 +28,14 @@ impl Activation {
 
     /// `gate_up` (`[rows, 2 · width]`, g and then u) → a, `[rows, width]`.
     pub(crate) fn gated(self, gate_up: &Tensor) -> Result<Tensor, TchError> {
+        let (rows, width) = gate_up.size2()?;
+        if kernels::are_for(gate_up.kind(), gate_up.device()) {
+            let out = Tensor::f_empty([rows, width / 2], (gate_up.kind(), gate_up.device()))?;
+            kernels::gated(gate_up, self == Self::GeluTanh, &out)?;
+            return Ok(out);
+        }
         let (gate, up) = halves(gate_up)?;
         self.apply(&gate)?.f_mul_(&up)
-    }
-
-    /// As [`Self::gated`], into `out`.
-    pub(crate) fn gated_into(self, gate_up: &Tensor, out: &Tensor) -> Result<(), TchError> {
-        let (gate, up) = halves(gate_up)?;
-        self.apply(&gate)?.f_mul_out(out, &up).map(drop)
     }
 
     /// Overwrites `gate_up` with the gradient by it, given that by a, `gradient`; writes a
@@ -48,6 +50,9 @@ impl Activation {
         gradient: &Tensor,
         activated: &Tensor,
     ) -> Result<(), TchError> {
+        if kernels::are_for(gate_up.kind(), gate_up.device()) {
+            return kernels::gated_backward(gate_up, gradient, self == Self::GeluTanh, activated);
+        }
         let (gate, up) = halves(gate_up)?;
         let of_gate = self.apply(&gate)?;
         let _ = of_gate.f_mul_out(activated, &up)?;

@@ -15,7 +15,7 @@ pub use gated::Activation;
 pub(crate) use linear::Linear;
 pub(crate) use mask::{aligned, causal_mask};
 pub use norm::NormScale;
-pub(crate) use norm::{NormGradients, RmsNorm};
+pub(crate) use norm::RmsNorm;
 pub(crate) use packed::pack;
 pub use product::product_kind;
 pub(crate) use product::{multiply, operand, operands};

@@ -2,6 +2,8 @@
 
 use tch::{Kind, TchError, Tensor};
 
+use crate::kernels;
+
 /// What a norm's weight w says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NormScale {
@@ -22,28 +24,21 @@ pub(crate) struct RmsNorm<'a> {
     pub(crate) eps: f64,
 }
 
-/// What comes out of a norm's backward.
-#[derive(Debug)]
-pub(crate) struct NormGradients {
-    /// By x, `[rows, width]`, fp32.
-    pub(crate) by_input: Tensor,
-    /// By w, `[width]`, fp32.
-    pub(crate) by_weight: Tensor,
-}
-
 impl RmsNorm<'_> {
     /// As transformers computes it: `x` (`[…, width]`) → the same shape and kind. Handing
     /// libtorch w would multiply before rounding.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor, TchError> {
-        let normed = self.normed(x)?;
-        match self.scale {
-            NormScale::Weight => normed.f_mul(self.weight),
-            NormScale::OnePlusWeight => normed.f_mul(&self.factor()?)?.f_to_kind(x.kind()),
-        }
+        let out = x.f_empty_like()?;
+        self.forward_into(x, &out)?;
+        Ok(out)
     }
 
     /// As [`Self::forward`], into `out`, which is shaped as `x`.
     pub(crate) fn forward_into(&self, x: &Tensor, out: &Tensor) -> Result<(), TchError> {
+        if kernels::are_for(x.kind(), x.device()) {
+            let one_plus = self.scale == NormScale::OnePlusWeight;
+            return kernels::rms_norm(x, self.weight, self.eps, one_plus, out);
+        }
         let normed = self.normed(x)?;
         match self.scale {
             NormScale::Weight => normed.f_mul_out(out, self.weight).map(drop),
@@ -71,23 +66,31 @@ impl RmsNorm<'_> {
         }
     }
 
-    /// With r = 1 / √(mean(x²) + ε), g = s ⊙ dy and `gradient` = dy, `[rows, width]` as `x`:
+    /// With r = 1 / √(mean(x²) + ε), g = s ⊙ dy and `gradient` = dy, `[…, width]` as `x`:
     ///
     /// ```text
     /// dx = r (g − x̂ · mean(g ⊙ x̂))        dw = Σ over rows of dy ⊙ x̂
     /// ```
     ///
-    /// y is written again to `output`, `[rows, width]`, where it is wanted: it was not kept,
-    /// and the layer behind the norm needs it for its own weight's gradient.
+    /// dx, plus the gradient that reaches x past the norm, `residual`, goes to `by_input`, and
+    /// y again to `output`, where it is wanted: it was not kept, and the layer behind the norm
+    /// needs it for its own weight's gradient. Returned is dw, `[width]`, fp32.
     pub(crate) fn backward(
         &self,
         x: &Tensor,
         gradient: &Tensor,
-        output: Option<&Tensor>,
-    ) -> Result<NormGradients, TchError> {
+        [residual, output]: [Option<&Tensor>; 2],
+        by_input: &Tensor,
+    ) -> Result<Tensor, TchError> {
+        if kernels::are_for(x.kind(), x.device()) {
+            let norm = (self.eps, self.scale == NormScale::OnePlusWeight);
+            let more = [residual, output];
+            return kernels::rms_norm_backward(x, self.weight, norm, gradient, more, by_input);
+        }
         let width = self.weight.size1()?;
         let factor = self.factor()?;
-        let x32 = x.f_to_kind(Kind::Float)?;
+        let rows = |x: &Tensor| x.f_reshape([-1, width])?.f_to_kind(Kind::Float);
+        let x32 = rows(x)?;
         // The 2-norm reads x once and makes no x².
         let reciprocal = x32
             .f_norm_scalaropt_dim(2, [1i64].as_slice(), true)?
@@ -97,22 +100,23 @@ impl RmsNorm<'_> {
             .f_rsqrt_()?;
         let normed = x32.f_mul(&reciprocal)?;
         if let Some(output) = output {
-            match self.scale {
-                NormScale::Weight => {
-                    let _ = normed.f_to_kind(x.kind())?.f_mul_out(output, self.weight)?;
-                }
-                NormScale::OnePlusWeight => {
-                    output.shallow_clone().f_copy_(&normed.f_mul(&factor)?)?;
-                }
-            }
+            let kept = match self.scale {
+                NormScale::Weight => normed.f_to_kind(x.kind())?.f_mul(self.weight)?,
+                NormScale::OnePlusWeight => normed.f_mul(&factor)?,
+            };
+            output.shallow_clone().f_copy_(&kept.f_view_as(output)?)?;
         }
 
-        let gradient = gradient.f_to_kind(Kind::Float)?;
+        let gradient = rows(gradient)?;
         // dy ⊙ x̂ serves both sums: over rows it is dw, and times s over columns n · mean(g ⊙ x̂).
         let product = normed.f_mul(&gradient)?;
         let by_weight = product.f_sum_dim_intlist(0, false, Kind::Float)?;
         let mean = product.f_mv(&factor)?.f_div_scalar_(-(width as f64))?.f_unsqueeze(1)?;
-        let by_input = gradient.f_mul(&factor)?.f_addcmul_(&normed, &mean)?.f_mul_(&reciprocal)?;
-        Ok(NormGradients { by_input, by_weight })
+        let mut by_x = gradient.f_mul(&factor)?.f_addcmul_(&normed, &mean)?.f_mul_(&reciprocal)?;
+        if let Some(residual) = residual {
+            by_x = by_x.f_add_(&rows(residual)?)?;
+        }
+        by_input.shallow_clone().f_copy_(&by_x.f_view_as(by_input)?)?;
+        Ok(by_weight)
     }
 }

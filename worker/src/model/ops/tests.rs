@@ -20,31 +20,56 @@ fn close(ours: &Tensor, theirs: &Tensor, bound: f64) {
     assert!(difference < bound, "{difference:.1e}");
 }
 
+/// Kinds of the kernels, and one that libtorch computes in.
+const KINDS: [(Kind, f64); 3] = [(Kind::Float, 1e-6), (Kind::BFloat16, 1e-2), (Kind::Double, 1e-6)];
+
+/// Widths of whole vectors, and with more behind them, or less.
+const WIDTHS: [i64; 4] = [64, 70, 33, 8];
+
+/// `x` with others' numbers beside each row.
+fn apart(x: &Tensor) -> Tensor {
+    let width = *x.size().last().unwrap();
+    let wide = Tensor::cat(&[x, &x.ones_like()], -1);
+    wide.narrow(-1, 0, width)
+}
+
 #[test]
 fn a_norms_backward_is_its_derivative() {
     tch::manual_seed(1);
-    let (x, weight, gradient) = (random(&[5, 64]), random(&[64]), random(&[5, 64]));
-    let (x, weight) = (x.set_requires_grad(true), weight.set_requires_grad(true));
-    for scale in [NormScale::Weight, NormScale::OnePlusWeight] {
-        let factor = match scale {
-            NormScale::Weight => weight.shallow_clone(),
-            NormScale::OnePlusWeight => &weight + 1.0,
-        };
-        let y = x.rms_norm([64], Some(&factor), 1e-2);
-        let theirs = autograd(&y, &gradient, &[&x, &weight]);
+    for width in WIDTHS {
+        let shape = [50, 3, width];
+        let (x, weight, gradient) = (random(&shape), random(&[width]), random(&shape));
+        let residual = random(&shape);
+        let (x, weight) = (x.set_requires_grad(true), weight.set_requires_grad(true));
+        for scale in [NormScale::Weight, NormScale::OnePlusWeight] {
+            let factor = match scale {
+                NormScale::Weight => weight.shallow_clone(),
+                NormScale::OnePlusWeight => &weight + 1.0,
+            };
+            let y = x.rms_norm([width], Some(&factor), 1e-2);
+            let theirs = autograd(&y, &gradient, &[&x, &weight]);
 
-        for (kind, bound) in [(Kind::Float, 1e-6), (Kind::BFloat16, 1e-2)] {
-            let cast = |tensor: &Tensor| tensor.detach().to_kind(kind);
-            let (x, weight, gradient) = (cast(&x), cast(&weight), cast(&gradient));
-            let norm = RmsNorm { weight: &weight, scale, eps: 1e-2 };
-            let (output, again) = (x.empty_like(), x.empty_like());
-            let ours = norm.backward(&x, &gradient, Some(&output)).unwrap();
-            close(&ours.by_input, &theirs[0], bound);
-            close(&ours.by_weight, &theirs[1], bound);
-            close(&output, &y.detach(), bound);
-            norm.forward_into(&x, &again).unwrap();
-            assert_eq!(norm.forward(&x).unwrap(), again);
-            close(&again, &y.detach(), bound);
+            for (kind, bound) in KINDS {
+                let cast = |tensor: &Tensor| tensor.detach().to_kind(kind);
+                let (x, weight, gradient) = (apart(&cast(&x)), cast(&weight), cast(&gradient));
+                let norm = RmsNorm { weight: &weight, scale, eps: 1e-2 };
+                let (output, again) = (x.empty_like(), apart(&x.zeros_like()));
+                let by_x = apart(&x.zeros_like());
+                let residual = cast(&residual);
+                let more = [Some(&residual), Some(&output)];
+                let by_weight = norm.backward(&x, &gradient, more, &by_x).unwrap();
+                close(&by_x, &(&theirs[0] + residual.to_kind(Kind::Double)), bound);
+                close(&by_weight, &theirs[1], bound);
+                close(&output, &y.detach(), bound);
+                norm.forward_into(&x, &again).unwrap();
+                assert_eq!(norm.forward(&x).unwrap(), again);
+                close(&again, &y.detach(), bound);
+
+                // Over the gradient itself.
+                let by_x = apart(&gradient);
+                let _ = norm.backward(&x, &by_x, [None, None], &by_x).unwrap();
+                close(&by_x, &theirs[0], bound);
+            }
         }
     }
 }
@@ -52,23 +77,28 @@ fn a_norms_backward_is_its_derivative() {
 #[test]
 fn a_gates_backward_is_its_derivative() {
     tch::manual_seed(2);
-    let gate_up = random(&[5, 32]).set_requires_grad(true);
-    let gradient = random(&[5, 16]);
-    let parts = gate_up.chunk(2, 1);
-    for activation in [Activation::Silu, Activation::GeluTanh] {
-        let of_gate = match activation {
-            Activation::Silu => parts[0].silu(),
-            Activation::GeluTanh => parts[0].gelu("tanh"),
-        };
-        let activated = of_gate * &parts[1];
-        let theirs = autograd(&activated, &gradient, &[&gate_up]);
-
-        let ours = gate_up.detach().to_kind(Kind::Float).copy();
-        close(&activation.gated(&ours).unwrap(), &activated.detach(), 1e-6);
-        let again = Tensor::empty([5, 16], (Kind::Float, Device::Cpu));
-        activation.gated_backward(&ours, &gradient.to_kind(Kind::Float), &again).unwrap();
-        close(&ours, &theirs[0], 1e-6);
-        close(&again, &activated.detach(), 1e-6);
+    for width in WIDTHS {
+        // Far out, too, where exponentials overflow.
+        let spread = Tensor::from_slice(&[1.0, 1.0, 10.0, 1.0, 200.0]).view([5, 1]);
+        let gate_up = (random(&[5, 2 * width]) * spread).set_requires_grad(true);
+        let gradient = random(&[5, width]);
+        let parts = gate_up.chunk(2, 1);
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            let of_gate = match activation {
+                Activation::Silu => parts[0].silu(),
+                Activation::GeluTanh => parts[0].gelu("tanh"),
+            };
+            let activated = of_gate * &parts[1];
+            let theirs = autograd(&activated, &gradient, &[&gate_up]);
+            for (kind, bound) in KINDS {
+                let ours = gate_up.detach().to_kind(kind).copy();
+                close(&activation.gated(&ours).unwrap(), &activated.detach(), bound);
+                let again = Tensor::empty([5, width], (kind, Device::Cpu));
+                activation.gated_backward(&ours, &gradient.to_kind(kind), &again).unwrap();
+                close(&ours, &theirs[0], bound);
+                close(&again, &activated.detach(), bound);
+            }
+        }
     }
 }
 

@@ -187,11 +187,9 @@ fn draws_follow_what_every_cut_leaves() {
             ids.iter().for_each(|&id| counts[id as usize] += 1);
             if part < 10 {
                 // The other device's way, on this one.
-                let scores = rows.to_kind(Kind::Float) / temperature;
-                let sums = [&scores, &rows].map(|x| x.logsumexp([-1], true));
                 let draws = draws(&uniforms);
                 count::take();
-                let drawn = on_gpu(&scores, &sums[0], &rows, &sums[1], &params, &draws);
+                let drawn = on_gpu(&rows, &params, &draws);
                 // All of 200 tokens are candidates.
                 assert_eq!(count::take(), Crossings { reads: 1, uploads: 0 });
                 let theirs: Vec<u32> = drawn.unwrap().iter().map(|drawn| drawn.id).collect();
@@ -231,10 +229,8 @@ fn a_row_that_its_candidates_do_not_settle_is_read_once_more() {
     let params = params(0.8, 0.9);
     let uniforms = [0.5, 0.5];
     let expected = choose(&rows, &params, &draws(&uniforms)).unwrap();
-    let scores = &rows / params.temperature;
-    let sums = [&scores, &rows].map(|x| x.logsumexp([-1], true));
     count::take();
-    let drawn = on_gpu(&scores, &sums[0], &rows, &sums[1], &params, &draws(&uniforms)).unwrap();
+    let drawn = on_gpu(&rows, &params, &draws(&uniforms)).unwrap();
     assert_eq!(count::take(), Crossings { reads: 2, uploads: 0 });
     for (drawn, expected) in drawn.iter().zip(&expected) {
         assert_eq!(drawn.id, expected.id);

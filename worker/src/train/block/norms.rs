@@ -1,13 +1,12 @@
-//! A block's norms, tile by tile: ahead of attention and MLP, on heads, and on the way to
-//! the residual.
+//! A block's norms: ahead of attention and MLP, on heads, and on the way to the residual.
 
-use tch::{Kind, TchError, Tensor};
+use tch::{TchError, Tensor};
 
 use super::{AddGradient, BlockPass};
-use crate::model::ops::{NormGradients, RmsNorm};
+use crate::model::ops::RmsNorm;
 use crate::model::{Heads, PerBlock};
 
-/// What the backward of a norm ahead of a layer comes to over all tiles.
+/// What the backward of a norm ahead of a layer comes to.
 pub(super) struct NormBackward {
     /// The norm's output again, `[tokens, hidden]`.
     pub(super) output: Tensor,
@@ -18,50 +17,34 @@ pub(super) struct NormBackward {
 }
 
 impl BlockPass<'_> {
-    pub(super) fn norm(&self, norm: RmsNorm<'_>, x: &Tensor) -> Result<Tensor, TchError> {
-        let output = x.f_empty_like()?;
-        for rows in self.tiles.iter() {
-            norm.forward_into(&rows.of(x)?, &rows.of(&output)?)?;
-        }
-        Ok(output)
-    }
-
     /// `residual`, the gradient that reaches x past the norm, is added to that by x.
     pub(super) fn norm_backward(
-        &self,
         norm: RmsNorm<'_>,
         x: &Tensor,
         gradient: &Tensor,
         residual: &Tensor,
     ) -> Result<NormBackward, TchError> {
         let (output, by_input) = (x.f_empty_like()?, x.f_empty_like()?);
-        let mut by_weight = no_gradient(norm)?;
-        for rows in self.tiles.iter() {
-            let NormGradients { by_input: mut by_x, by_weight: by_w } =
-                norm.backward(&rows.of(x)?, &rows.of(gradient)?, Some(&rows.of(&output)?))?;
-            rows.of(&by_input)?.f_copy_(&by_x.f_add_(&rows.of(residual)?)?)?;
-            let _ = by_weight.f_add_(&by_w)?;
-        }
+        let more = [Some(residual), Some(&output)];
+        let by_weight = norm.backward(x, gradient, more, &by_input)?;
         Ok(NormBackward { output, by_input, by_weight })
     }
 
     /// `residual` + `output`, and the output where `norm` is between them.
     pub(super) fn add_to_residual(
-        &self,
         mut output: Tensor,
         norm: Option<RmsNorm<'_>>,
         residual: &Tensor,
     ) -> Result<(Tensor, Option<Tensor>), TchError> {
         match norm {
             None => Ok((output.f_add_(residual)?, None)),
-            Some(norm) => Ok((self.norm(norm, &output)?.f_add_(residual)?, Some(output))),
+            Some(norm) => Ok((norm.forward(&output)?.f_add_(residual)?, Some(output))),
         }
     }
 
     /// Gradient by `output`, given that by the sum it went to: the same where no norm, told
     /// with its weight's place, is between them.
     pub(super) fn output_norm_backward(
-        &self,
         norm: Option<(RmsNorm<'_>, usize)>,
         output: Option<Tensor>,
         gradient: &Tensor,
@@ -71,12 +54,7 @@ impl BlockPass<'_> {
             return Ok(gradient.shallow_clone());
         };
         let by_output = output.f_empty_like()?;
-        let mut by_weight = no_gradient(norm)?;
-        for rows in self.tiles.iter() {
-            let by = norm.backward(&rows.of(&output)?, &rows.of(gradient)?, None)?;
-            rows.of(&by_output)?.f_copy_(&by.by_input)?;
-            let _ = by_weight.f_add_(&by.by_weight)?;
-        }
+        let by_weight = norm.backward(&output, gradient, [None, None], &by_output)?;
         add(place, &by_weight)?;
         Ok(by_output)
     }
@@ -90,12 +68,9 @@ impl BlockPass<'_> {
         let heads = self.block.heads();
         let queries = normed.f_narrow(1, 0, heads)?;
         let keys = normed.f_narrow(1, heads, raw.keys.size()[1])?;
-        for rows in self.tiles.iter() {
-            of_queries.forward_into(&rows.of(&raw.queries)?, &rows.of(&queries)?)?;
-            of_keys.forward_into(&rows.of(&raw.keys)?, &rows.of(&keys)?)?;
-            let mut both = rows.of(&normed)?;
-            both.f_copy_(&self.rotary.narrow(rows.start, rows.length)?.rotate(&both)?)?;
-        }
+        of_queries.forward_into(&raw.queries, &queries)?;
+        of_keys.forward_into(&raw.keys, &keys)?;
+        self.rotary.rotate(&normed)?;
         Ok(Heads { queries, keys, values: raw.values, queries_and_keys: normed })
     }
 
@@ -110,28 +85,17 @@ impl BlockPass<'_> {
     ) -> Result<(), TchError> {
         let Some([of_queries, of_keys]) = self.block.head_norms() else { return Ok(()) };
         let (x, by_x) = (self.block.by_head(qkv)?, self.block.by_head(by_qkv)?);
-        // To the norm each head is a row.
-        let by_row = |x: &Tensor| x.f_reshape([-1, self.block.head_dim()]);
         for (norm, place, x, by_x) in [
             (of_queries, places.query_norm, x.queries, by_x.queries),
             (of_keys, places.key_norm, x.keys, by_x.keys),
         ] {
-            let mut by_weight = no_gradient(norm)?;
-            for rows in self.tiles.iter() {
-                let mut by_some = rows.of(&by_x)?;
-                let by = norm.backward(&by_row(&rows.of(&x)?)?, &by_row(&by_some)?, None)?;
-                by_some.f_copy_(&by.by_input.f_view_(by_some.size())?)?;
-                let _ = by_weight.f_add_(&by.by_weight)?;
-            }
+            // To the norm each head is a row, and what it reads of one is read before it is
+            // written.
+            let by_weight = norm.backward(&x, &by_x, [None, None], &by_x)?;
             if let Some(place) = place {
                 add(place, &by_weight)?;
             }
         }
         Ok(())
     }
-}
-
-/// Of a norm's weight, before there is any: zeros in fp32.
-fn no_gradient(norm: RmsNorm<'_>) -> Result<Tensor, TchError> {
-    Tensor::f_zeros(norm.weight.size(), (Kind::Float, norm.weight.device()))
 }

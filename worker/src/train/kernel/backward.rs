@@ -21,6 +21,7 @@
 use tch::{Kind, TchError, Tensor};
 
 use super::Sight;
+use crate::kernels;
 use crate::model::ops::product_kind;
 use crate::train::attention::Qkv;
 use crate::train::packing::Rows;
@@ -36,7 +37,7 @@ const TERMS: i64 = 3;
 const COLUMNS: i64 = 32;
 
 /// Gradients by what went in, given that by what came out, `gradient`
-/// (`[queries, heads, head_dim]`, as `attended`), and ℓ, `[1, heads, queries]`, fp32.
+/// (`[queries, heads, head_dim]`, as `attended`), and ℓ, `[heads, queries]`, fp32.
 pub(super) fn backward(
     qkv: &Qkv,
     sight: Sight<'_>,
@@ -91,7 +92,7 @@ impl<'a> Call<'a> {
         let scale = [sight.scale, sight.scale.log2().floor().exp2()];
         let delta = gradient.f_to_kind(Kind::Float)?.f_mul(attended)?;
         let delta = delta.f_sum_dim_intlist(-1, false, Kind::Float)?.f_tr()?;
-        let denominator = log_sum_exp.f_squeeze_dim(0)?.f_div_scalar(scale[0] / scale[1])?;
+        let denominator = log_sum_exp.f_div_scalar(scale[0] / scale[1])?;
         let with_ones = stack([&qkv.keys, &qkv.values], COLUMNS, kind)?;
         let _ = with_ones.f_narrow(3, width, TERMS)?.f_fill_(1.0)?;
         Ok(Self {
@@ -132,19 +133,14 @@ impl<'a> Call<'a> {
         left.f_narrow(3, width, TERMS)?.f_copy_(&less)?;
         // log p and da vᵀ − δ, and then p and ds.
         let both = grouped(&left)?.f_bmm(&of_seen(&self.with_ones)?.f_transpose(1, 2)?)?;
-        let half = |first| both.f_narrow(0, first, kv_heads);
-        let (mut p, mut by_scores) = (half(0)?, half(kv_heads)?);
-        if scale != power {
-            let _ = p.f_mul_scalar_(scale / power)?;
-        }
-        let _ = p.f_exp_()?;
-        hide(p.f_view([heads, rows.length, seen.length])?, self.window)?;
-        let _ = by_scores.f_mul_(&p)?;
+        let by_head = both.f_view([2, heads, rows.length, seen.length])?;
+        kernels::softmax_backward(&by_head, scale / power, self.window.unwrap_or(i64::MAX))?;
 
         let right = grouped(&stack([&gradients, &queries], 0, self.kind)?)?;
         let _ = of_seen(by_seen)?.f_add_(&both.f_transpose(1, 2)?.f_bmm(&right)?)?;
         // Scaled ahead of rounding.
         let nothing = Tensor::f_zeros([1, 1, 1], (self.kind, both.device()))?;
+        let by_scores = both.f_narrow(0, kv_heads, kv_heads)?;
         let by = nothing.f_baddbmm(&by_scores, &of_seen(&self.keys)?, 0.0, scale)?;
         let by = by.f_view([heads, rows.length, width])?.f_transpose(0, 1)?;
         rows.of(by_queries)?.f_copy_(&by)
@@ -157,18 +153,6 @@ fn seen(rows: Rows, before: i64, window: Option<i64>) -> Rows {
     let first = before + rows.start;
     let start = window.map_or(0, |window| (first + 1 - window).max(0));
     Rows { start, length: first + rows.length - start }
-}
-
-/// Makes what a query does not see 0 in `p`, `[heads, queries, keys]`, of which the last key
-/// is the last query's own.
-fn hide(mut p: Tensor, window: Option<i64>) -> Result<(), TchError> {
-    let (_, queries, keys) = p.size3()?;
-    let own = keys - queries;
-    let _ = p.f_tril_(own)?;
-    if let Some(window) = window {
-        let _ = p.f_triu_(own + 1 - window)?;
-    }
-    Ok(())
 }
 
 /// −`less`, fp32, as numbers of `kind` whose sum it is: `[…]` → `[…, TERMS]`.

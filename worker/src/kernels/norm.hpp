@@ -1,0 +1,219 @@
+// RMSNorm: y = s * x^, x^ = x / sqrt(mean(x^2) + eps), with s = w, applied to x^ as it is rounded
+// to the kind of x, or s = 1 + w, rounded once.
+#pragma once
+
+#include <cmath>
+#include <optional>
+
+#include "simd.hpp"
+#include "tensors.hpp"
+
+namespace drift {
+
+struct Norm {
+  double eps;
+  bool one_plus;
+};
+
+// 1 / sqrt(mean(x^2) + eps).
+template <typename T>
+INLINE float reciprocal(const T* x, int64_t width, double eps) {
+  Two squares = {};
+  int64_t at = 0;
+  for (; at + PAIRED <= width; at += PAIRED) {
+    const Two v = load_two(x + at);
+    squares.first += v.first * v.first;
+    squares.second += v.second * v.second;
+  }
+  float total = sum(squares.first + squares.second);
+  for (; at < width; ++at) total += static_cast<float>(x[at]) * static_cast<float>(x[at]);
+  return 1.0f / std::sqrt(total / static_cast<float>(width) + static_cast<float>(eps));
+}
+
+// `x` as a tensor of T holds it.
+INLINE Floats as_kept(Floats x, const float*) { return x; }
+INLINE Floats as_kept(Floats x, const c10::BFloat16*) { return (Floats)(rounded(x) & 0xffff0000); }
+
+template <typename T>
+INLINE Two scaled(Two normed, const T* weight, bool one_plus) {
+  const Two w = load_two(weight);
+  if (one_plus) return {normed.first * (w.first + 1.0f), normed.second * (w.second + 1.0f)};
+  return {as_kept(normed.first, weight) * w.first, as_kept(normed.second, weight) * w.second};
+}
+
+template <typename T>
+INLINE float scaled(float normed, T weight, bool one_plus) {
+  const float w = static_cast<float>(weight);
+  return one_plus ? normed * (w + 1.0f) : static_cast<float>(static_cast<T>(normed)) * w;
+}
+
+template <typename T>
+INLINE void norm_row(const T* x, const T* weight, int64_t width, Norm norm, T* out) {
+  const float r = reciprocal(x, width, norm.eps);
+  int64_t at = 0;
+  for (; at + PAIRED <= width; at += PAIRED) {
+    const Two v = load_two(x + at);
+    store_two(scaled({v.first * r, v.second * r}, weight + at, norm.one_plus), out + at);
+  }
+  for (; at < width; ++at) {
+    out[at] = static_cast<T>(scaled(static_cast<float>(x[at]) * r, weight[at], norm.one_plus));
+  }
+}
+
+CLONES void norm_some(const Rows<const float>& x, const float* weight, Norm norm,
+                      const Rows<float>& out, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) norm_row(x[row], weight, x.width(), norm, out[row]);
+}
+
+CLONES void norm_some(const Rows<const c10::BFloat16>& x, const c10::BFloat16* weight, Norm norm,
+                      const Rows<c10::BFloat16>& out, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) norm_row(x[row], weight, x.width(), norm, out[row]);
+}
+
+void check_weight(const at::Tensor& x, const at::Tensor& weight) {
+  TORCH_CHECK(weight.dim() == 1 && weight.is_contiguous() && weight.size(0) == x.size(-1) &&
+                  weight.scalar_type() == x.scalar_type(),
+              "a norm's weight is ", weight.sizes(), " of ", weight.dtype(), " for ", x.sizes(),
+              " of ", x.dtype());
+}
+
+// To `out`, which is shaped as `x`, [..., width].
+void rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, bool one_plus,
+              const at::Tensor& out) {
+  check_weight(x, weight);
+  TORCH_CHECK(x.sizes() == out.sizes(), "a norm of ", x.sizes(), " into ", out.sizes());
+  by_kind(x, [&]<typename T>() {
+    const Rows<const T> from("x", x);
+    const Rows<T> to("out", out);
+    in_parallel(from.count(), from.width(), [&](int64_t begin, int64_t end) {
+      norm_some(from, weight.const_data_ptr<T>(), {eps, one_plus}, to, begin, end);
+    });
+  });
+}
+
+// Rows whose share of a weight's gradient is summed by itself: fixed, so that no sum depends on
+// how many threads there are.
+constexpr int64_t SUMMED_ROWS = 32;
+
+// What `rms_norm_backward` reads and writes; residual and output may be missing.
+template <typename T>
+struct NormBackward {
+  Rows<const T> x, gradient;
+  std::optional<Rows<const T>> residual;
+  std::optional<Rows<T>> output;
+  Rows<T> by_input;
+  const T* weight;
+  Norm norm;
+};
+
+// With r = 1 / sqrt(mean(x^2) + eps) and g = s * dy:
+//   dx = r (g - x^ * mean(g * x^))      dw = sum over rows of dy * x^
+// dw of rows [begin, end) is added to `by_weight`.
+template <typename T>
+INLINE void norm_backward_rows(const NormBackward<T>& all_rows, int64_t begin, int64_t end,
+                               float* by_weight) {
+  const auto& [x_rows, gradient_rows, residual_rows, output_rows, by_rows, weight, norm] = all_rows;
+  const int64_t width = x_rows.width(), whole = width / PAIRED * PAIRED, rest = width - whole;
+  const float shift = norm.one_plus ? 1.0f : 0.0f;
+  for (int64_t row = begin; row < end; ++row) {
+    const T *x = x_rows[row], *gradient = gradient_rows[row];
+    const T* residual = residual_rows ? (*residual_rows)[row] : nullptr;
+    T *output = output_rows ? (*output_rows)[row] : nullptr, *by_input = by_rows[row];
+    const float r = reciprocal(x, width, norm.eps);
+    Floats products = {};
+    const auto gather = [&](const T* x, const T* dy, const T* w, float* dw) INLINED {
+      const Two v = load_two(x), by = load_two(dy), s = load_two(w);
+      const Two sum = load_two_beside(dw, x);
+      const Two product = {v.first * r * by.first, v.second * r * by.second};
+      products += product.first * (s.first + shift) + product.second * (s.second + shift);
+      store_two_beside({sum.first + product.first, sum.second + product.second}, dw, x);
+    };
+    const auto write = [&](const T* x, const T* dy, const T* w, const T* skipped, T* y, T* dx,
+                           float mean) INLINED {
+      const Two v = load_two(x), by = load_two(dy), s = load_two(w);
+      const Two normed = {v.first * r, v.second * r};
+      Two out = {r * (by.first * (s.first + shift) - normed.first * mean),
+                 r * (by.second * (s.second + shift) - normed.second * mean)};
+      if (skipped != nullptr) {
+        const Two more = load_two(skipped);
+        out = {out.first + more.first, out.second + more.second};
+      }
+      if (y != nullptr) store_two(scaled(normed, w, norm.one_plus), y);
+      store_two(out, dx);
+    };
+    // What is left behind the last whole vectors, aside, with zeros behind it.
+    T rests[6][PAIRED] = {};
+    float rest_dw[PAIRED] = {};
+    const auto aside = [&](const T* from, int64_t at) {
+      if (from != nullptr) std::copy_n(from + whole, rest, rests[at]);
+    };
+    for (int64_t at = 0; at < whole; at += PAIRED) {
+      gather(x + at, gradient + at, weight + at, by_weight + at);
+    }
+    if (rest > 0) {
+      aside(x, 0), aside(gradient, 1), aside(weight, 2), aside(residual, 3);
+      std::copy_n(by_weight + whole, rest, rest_dw);
+      gather(rests[0], rests[1], rests[2], rest_dw);
+      std::copy_n(rest_dw, rest, by_weight + whole);
+    }
+    const float mean = sum(products) / static_cast<float>(width);
+    for (int64_t at = 0; at < whole; at += PAIRED) {
+      write(x + at, gradient + at, weight + at, residual ? residual + at : nullptr,
+            output ? output + at : nullptr, by_input + at, mean);
+    }
+    if (rest > 0) {
+      write(rests[0], rests[1], rests[2], residual ? rests[3] : nullptr,
+            output ? rests[4] : nullptr, rests[5], mean);
+      if (output) std::copy_n(rests[4], rest, output + whole);
+      std::copy_n(rests[5], rest, by_input + whole);
+    }
+  }
+}
+
+CLONES void norm_backward_some(const NormBackward<float>& rows, int64_t begin, int64_t end,
+                               float* by_weight) {
+  norm_backward_rows(rows, begin, end, by_weight);
+}
+
+CLONES void norm_backward_some(const NormBackward<c10::BFloat16>& rows, int64_t begin, int64_t end,
+                               float* by_weight) {
+  norm_backward_rows(rows, begin, end, by_weight);
+}
+
+// `gradient` is that by y, shaped as x; that by x, plus `residual`, goes to `by_input`, and y again
+// to `output`, both shaped as x too. Returned is that by w, [width], fp32.
+at::Tensor rms_norm_backward(const at::Tensor& x, const at::Tensor& weight, double eps,
+                             bool one_plus, const at::Tensor& gradient,
+                             const std::optional<at::Tensor>& residual,
+                             const std::optional<at::Tensor>& output,
+                             const at::Tensor& by_input) {
+  check_weight(x, weight);
+  TORCH_CHECK(x.sizes() == gradient.sizes() && x.sizes() == by_input.sizes() &&
+                  (!residual || residual->sizes() == x.sizes()) &&
+                  (!output || output->sizes() == x.sizes()),
+              "a norm's backward of ", x.sizes(), ", ", gradient.sizes(), ", ", by_input.sizes());
+  const int64_t width = x.size(-1);
+  const auto options = x.options().dtype(at::kFloat);
+  at::Tensor by_weight;
+  by_kind(x, [&]<typename T>() {
+    NormBackward<T> all_rows = {{"x", x},        {"gradient", gradient},
+                                std::nullopt,    std::nullopt,
+                                {"by_input", by_input}, weight.const_data_ptr<T>(),
+                                {eps, one_plus}};
+    if (residual) all_rows.residual.emplace("residual", *residual);
+    if (output) all_rows.output.emplace("output", *output);
+    const int64_t count = all_rows.x.count(), parts = (count + SUMMED_ROWS - 1) / SUMMED_ROWS;
+    at::Tensor partial = at::zeros({parts, width}, options);
+    float* sums = partial.mutable_data_ptr<float>();
+    in_parallel(parts, SUMMED_ROWS * width, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        norm_backward_some(all_rows, part * SUMMED_ROWS,
+                           std::min(count, (part + 1) * SUMMED_ROWS), sums + part * width);
+      }
+    });
+    by_weight = partial.sum(0);
+  });
+  return by_weight;
+}
+
+}  // namespace drift
