@@ -39,6 +39,7 @@ impl Bed {
             // Several steps an epoch.
             "training.pairs_per_worker=1".to_owned(),
             "data.limit=40".to_owned(),
+            "training.dtype=bf16".to_owned(),
             format!("training.warm_start_epochs={epochs}"),
             "run.snapshot_steps=50".to_owned(),
         ] {

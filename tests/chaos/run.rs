@@ -19,7 +19,7 @@ use crate::log;
 use crate::model;
 
 /// As short as a run with every phase, several epochs and many shards can be.
-const SETTINGS: [&str; 18] = [
+const SETTINGS: [&str; 19] = [
     "text.today=2026-01-01",
     "data.limit=12",
     "data.held_out=2",
@@ -34,6 +34,7 @@ const SETTINGS: [&str; 18] = [
     "training.pairs_per_worker=2",
     "training.warmup_ratio=0.0",
     "training.learning_rate=1e-3",
+    "training.dtype=bf16",
     "launch.heartbeat=0.25",
     "launch.heartbeat_deadline=2",
     "run.snapshot_steps=2",

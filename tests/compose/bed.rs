@@ -15,7 +15,7 @@ use crate::project::{Fault, Project, docker, told};
 use crate::watching;
 
 /// The demo, shortened: all phases, several steps and shards, a minute.
-const SETTINGS: [(&str, &str); 13] = [
+const SETTINGS: [(&str, &str); 14] = [
     ("data.limit", "10"),
     ("data.held_out", "2"),
     ("text.max_length", "160"),
@@ -27,6 +27,7 @@ const SETTINGS: [(&str, &str); 13] = [
     ("training.warm_start_epochs", "1"),
     ("training.iterations", "1"),
     ("training.pairs_per_worker", "1"),
+    ("training.dtype", "bf16"),
     ("run.snapshot_steps", "3"),
     ("run.log_steps", "true"),
 ];

@@ -123,7 +123,8 @@ def survivors(file, folder):
             min_new_tokens=params["min_new_tokens"],
         )
         config._eos_token_tensor = torch.tensor(params["stop_ids"])
-        logits = tensors[case["logits"]].float()
+        # In fp64, or a running sum over a vocabulary would be off by more than ours may be.
+        logits = tensors[case["logits"]].double()
         scores = []
         for row, context in zip(logits, case["contexts"]):
             ids = torch.tensor([context["prompt"] + context["reply"]])
@@ -131,7 +132,7 @@ def survivors(file, folder):
                 config, input_ids_seq_length=len(context["prompt"]), device="cpu"
             )
             scores.append(processors(ids, row.unsqueeze(0).clone()))
-        save_file({"scores": torch.cat(scores)}, Path(folder) / f"{case['name']}.st")
+        save_file({"scores": torch.cat(scores).float()}, Path(folder) / f"{case['name']}.st")
     return {}
 
 

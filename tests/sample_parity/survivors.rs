@@ -17,12 +17,9 @@ const ROWS: i64 = 32;
 /// Bound on |ours − theirs| in a token's probability.
 const PROBABILITY: f64 = 1e-5;
 
-/// Mass by which ours may be off: the whole vocabulary's is an fp32 logarithm.
+/// Mass by which sums over a vocabulary may be off: ours is an fp32 logarithm, transformers'
+/// processors are asked in fp64.
 const ROUNDING: f64 = 2e-6;
-
-/// Mass by which transformers' sums over a vocabulary may be off, which are made in fp32 one
-/// score after the other: √49152 roundings of 2⁻²⁴. Seen were 3e-6.
-const THEIR_ROUNDING: f64 = 1.3e-5;
 
 /// Rows of logits, and the ids that each is behind.
 struct Logits {
@@ -136,17 +133,17 @@ fn left(scores: &[f32]) -> Vec<Survivor> {
     all
 }
 
-/// Checks that each of two numbers of survivors, ours and theirs, is right but for rounding:
-/// the mass of those kept reaches top-p, and that of all but the last of them does not.
+/// Checks that each of two numbers of survivors is right but for rounding: the mass of
+/// those kept reaches top-p, and that of all but the last of them does not.
 fn at_the_bound(set: &Logits, row: usize, params: &SamplingParams, counts: [usize; 2], what: &str) {
     let uncut = SamplingParams { top_p: 1.0, min_p: 0.0, ..params.clone() };
     let logits = set.rows.narrow(0, row as i64, 1);
     let all = survivors(&logits, &uncut, &[set.context(row)]).unwrap().swap_remove(0);
     let mass = |count: usize| all[..count].iter().map(|one| one.probability).sum::<f64>();
-    for (count, rounding) in counts.into_iter().zip([ROUNDING, THEIR_ROUNDING]) {
+    for count in counts {
         let (before, kept) = (mass(count - 1), mass(count));
         assert!(
-            before < params.top_p + rounding && kept > params.top_p - rounding,
+            before < params.top_p + ROUNDING && kept > params.top_p - ROUNDING,
             "{what}: {counts:?} survive; {count} have {kept}, one less {before}"
         );
     }

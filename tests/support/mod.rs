@@ -86,7 +86,7 @@ pub(crate) fn coordinator(args: &[&str]) -> Command {
 }
 
 /// The demo model and corpus, as short as a run with every phase can be.
-const SHORT: [&str; 10] = [
+const SHORT: [&str; 11] = [
     // Runs that are compared may begin on two sides of midnight.
     "text.today=2026-01-01",
     "data.limit=8",
@@ -98,6 +98,8 @@ const SHORT: [&str; 10] = [
     "sampling.shard_prompts=2",
     "training.warm_start_epochs=2",
     "training.iterations=1",
+    // As users train.
+    "training.dtype=bf16",
 ];
 
 /// A run with the demo model that is as short as one with every phase can be.

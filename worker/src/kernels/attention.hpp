@@ -157,44 +157,50 @@ INLINE void attend(const Sight<T>& sight, const float* queries, float* scores, i
   }
 }
 
-// As fp32, each head's in the order in which two vectors have them.
-template <typename T>
-void scale_queries(const T* queries, int64_t heads, int64_t width, float scale, float* scaled) {
-  for (int64_t h = 0; h < heads; ++h) {
-    int64_t d = 0;
-    for (; d + PAIRED <= width; d += PAIRED) {
-      const Two x = load_two(queries + h * width + d);
-      store_two({x.first * scale, x.second * scale}, scaled + h * width + d);
-    }
-    for (; d < width; ++d) {
-      scaled[h * width + d] = static_cast<float>(queries[h * width + d]) * scale;
-    }
-  }
-}
+// What a thread works in: queries of a group as fp32, scaled, and lines of scores.
+struct Room {
+  std::vector<float> queries, scores;
+  int64_t line;
+};
 
 template <typename T>
-INLINE void attend_group(const Sight<T>& sight, const float* queries, int64_t heads, float* scores,
-                         int64_t line, T* out, float* log_sums) {
+INLINE void attend_group(const Sight<T>& sight, const T* queries, int64_t heads, float scale,
+                         Room& room, T* out, float* log_sums) {
+  const int64_t width = sight.width;
+  // Each head's whole vectors in the order in which keys come.
+  const auto widened = [scale](const T* from, float* to) INLINED {
+    const Two x = load_two(from);
+    store_two({x.first * scale, x.second * scale}, to);
+  };
+  for (int64_t h = 0; h < heads; ++h) {
+    const T* from = queries + h * width;
+    float* to = room.queries.data() + h * width;
+    const int64_t whole = width / PAIRED * PAIRED;
+    by_twos(whole, widened, from, to);
+    for (int64_t d = whole; d < width; ++d) to[d] = static_cast<float>(from[d]) * scale;
+  }
+  float* scores = room.scores.data();
   for (int64_t h = 0; h < heads; h += TOGETHER) {
-    const float* some = queries + h * sight.width;
-    T* to = out + h * sight.width;
+    const float* some = room.queries.data() + h * width;
+    T* to = out + h * width;
     switch (std::min(TOGETHER, heads - h)) {
-      case 1: attend<1>(sight, some, scores, line, to, log_sums + h); break;
-      case 2: attend<2>(sight, some, scores, line, to, log_sums + h); break;
-      case 3: attend<3>(sight, some, scores, line, to, log_sums + h); break;
-      default: attend<TOGETHER>(sight, some, scores, line, to, log_sums + h);
+      case 1: attend<1>(sight, some, scores, room.line, to, log_sums + h); break;
+      case 2: attend<2>(sight, some, scores, room.line, to, log_sums + h); break;
+      case 3: attend<3>(sight, some, scores, room.line, to, log_sums + h); break;
+      default: attend<TOGETHER>(sight, some, scores, room.line, to, log_sums + h);
     }
   }
 }
 
 CLONES void attend_some(const Sight<float>& sight, const float* queries, int64_t heads,
-                        float* scores, int64_t line, float* out, float* log_sums) {
-  attend_group(sight, queries, heads, scores, line, out, log_sums);
+                        float scale, Room& room, float* out, float* log_sums) {
+  attend_group(sight, queries, heads, scale, room, out, log_sums);
 }
 
-CLONES void attend_some(const Sight<c10::BFloat16>& sight, const float* queries, int64_t heads,
-                        float* scores, int64_t line, c10::BFloat16* out, float* log_sums) {
-  attend_group(sight, queries, heads, scores, line, out, log_sums);
+CLONES void attend_some(const Sight<c10::BFloat16>& sight, const c10::BFloat16* queries,
+                        int64_t heads, float scale, Room& room, c10::BFloat16* out,
+                        float* log_sums) {
+  attend_group(sight, queries, heads, scale, room, out, log_sums);
 }
 
 template <typename T>
@@ -207,13 +213,12 @@ void run(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& va
   const int64_t threads = at::get_num_threads();
   // In turn: rows that follow one another may be of one length.
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scores(TOGETHER * line), scaled(group * width);
+    Room room = {std::vector<float>(group * width), std::vector<float>(TOGETHER * line), line};
     for (int64_t thread = begin; thread < end; ++thread) {
       for (int64_t piece = thread; piece < tokens * kv_heads; piece += threads) {
         const int64_t token = piece / kv_heads, head = piece % kv_heads;
         const T* query = queries.const_data_ptr<T>() + token * queries.stride(0) +
                          head * group * width;
-        scale_queries(query, group, width, static_cast<float>(scale), scaled.data());
         const int64_t* bounds = sights.const_data_ptr<int64_t>() + token * 2;
         const int64_t offset = head * page * width;
         const Sight<T> sight = {keys.const_data_ptr<T>() + offset,
@@ -225,7 +230,7 @@ void run(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& va
                                 width,
                                 kv_heads * page * width};
         const int64_t first = token * heads + head * group;
-        attend_some(sight, scaled.data(), group, scores.data(), line,
+        attend_some(sight, query, group, static_cast<float>(scale), room,
                     out.mutable_data_ptr<T>() + first * width,
                     log_sums.mutable_data_ptr<float>() + first);
       }

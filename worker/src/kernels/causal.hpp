@@ -179,13 +179,8 @@ INLINE void widen(const T* from, int64_t width, float scale, float* to) {
 
 template <typename T>
 INLINE void narrow(const float* from, int64_t width, T* to) {
-  int64_t d = 0;
-  for (; d + PAIRED <= width; d += PAIRED) store_two(load_two(from + d), to + d);
-  if (d < width) {
-    T rest[PAIRED];
-    store_two(load_two(from + d), rest);
-    std::copy_n(rest, width - d, to + d);
-  }
+  const auto two = [](const float* from, T* to) INLINED { store_two(load_two(from), to); };
+  by_twos(width, two, from, to);
 }
 
 // A call of `causal_attention`.

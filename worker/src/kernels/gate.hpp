@@ -34,15 +34,7 @@ INLINE void gate_row(const T* gate, const T* up, int64_t width, bool gelu, T* ou
                activate(gates.second, gelu).value * ups.second},
               to);
   };
-  const int64_t whole = width / PAIRED * PAIRED, rest = width - whole;
-  for (int64_t at = 0; at < whole; at += PAIRED) two(gate + at, up + at, out + at);
-  if (rest > 0) {
-    T g[PAIRED] = {}, u[PAIRED] = {};
-    std::copy_n(gate + whole, rest, g);
-    std::copy_n(up + whole, rest, u);
-    two(g, u, g);
-    std::copy_n(g, rest, out + whole);
-  }
+  by_twos(width, two, gate, up, out);
 }
 
 CLONES void gate_some(const Rows<const float>& x, bool gelu, const Rows<float>& out, int64_t begin,
@@ -87,20 +79,7 @@ INLINE void gate_backward_row(T* gate, T* up, const T* gradient, int64_t width, 
     store_two({by.first * first.value, by.second * second.value}, u);
     store_two({by.first * ups.first * first.slope, by.second * ups.second * second.slope}, g);
   };
-  const int64_t whole = width / PAIRED * PAIRED, rest = width - whole;
-  for (int64_t at = 0; at < whole; at += PAIRED) {
-    two(gate + at, up + at, gradient + at, activated + at);
-  }
-  if (rest > 0) {
-    T g[PAIRED] = {}, u[PAIRED] = {}, da[PAIRED] = {}, a[PAIRED];
-    std::copy_n(gate + whole, rest, g);
-    std::copy_n(up + whole, rest, u);
-    std::copy_n(gradient + whole, rest, da);
-    two(g, u, da, a);
-    std::copy_n(g, rest, gate + whole);
-    std::copy_n(u, rest, up + whole);
-    std::copy_n(a, rest, activated + whole);
-  }
+  by_twos(width, two, gate, up, gradient, activated);
 }
 
 CLONES void gate_backward_some(const Rows<float>& x, const Rows<const float>& gradient, bool gelu,

@@ -18,16 +18,13 @@ struct Norm {
 // 1 / sqrt(mean(x^2) + eps).
 template <typename T>
 INLINE float reciprocal(const T* x, int64_t width, double eps) {
-  Two squares = {};
-  int64_t at = 0;
-  for (; at + PAIRED <= width; at += PAIRED) {
-    const Two v = load_two(x + at);
-    squares.first += v.first * v.first;
-    squares.second += v.second * v.second;
-  }
-  float total = sum(squares.first + squares.second);
-  for (; at < width; ++at) total += static_cast<float>(x[at]) * static_cast<float>(x[at]);
-  return 1.0f / std::sqrt(total / static_cast<float>(width) + static_cast<float>(eps));
+  Floats squares = {};
+  const auto two = [&](const T* x) INLINED {
+    const Two v = load_two(x);
+    squares += v.first * v.first + v.second * v.second;
+  };
+  by_twos(width, two, x);
+  return 1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + static_cast<float>(eps));
 }
 
 // `x` as a tensor of T holds it.
@@ -42,22 +39,13 @@ INLINE Two scaled(Two normed, const T* weight, bool one_plus) {
 }
 
 template <typename T>
-INLINE float scaled(float normed, T weight, bool one_plus) {
-  const float w = static_cast<float>(weight);
-  return one_plus ? normed * (w + 1.0f) : static_cast<float>(static_cast<T>(normed)) * w;
-}
-
-template <typename T>
 INLINE void norm_row(const T* x, const T* weight, int64_t width, Norm norm, T* out) {
   const float r = reciprocal(x, width, norm.eps);
-  int64_t at = 0;
-  for (; at + PAIRED <= width; at += PAIRED) {
-    const Two v = load_two(x + at);
-    store_two(scaled({v.first * r, v.second * r}, weight + at, norm.one_plus), out + at);
-  }
-  for (; at < width; ++at) {
-    out[at] = static_cast<T>(scaled(static_cast<float>(x[at]) * r, weight[at], norm.one_plus));
-  }
+  const auto two = [&](const T* x, const T* w, T* y) INLINED {
+    const Two v = load_two(x);
+    store_two(scaled({v.first * r, v.second * r}, w, norm.one_plus), y);
+  };
+  by_twos(width, two, x, weight, out);
 }
 
 CLONES void norm_some(const Rows<const float>& x, const float* weight, Norm norm,
@@ -113,7 +101,7 @@ template <typename T>
 INLINE void norm_backward_rows(const NormBackward<T>& all_rows, int64_t begin, int64_t end,
                                float* by_weight) {
   const auto& [x_rows, gradient_rows, residual_rows, output_rows, by_rows, weight, norm] = all_rows;
-  const int64_t width = x_rows.width(), whole = width / PAIRED * PAIRED, rest = width - whole;
+  const int64_t width = x_rows.width();
   const float shift = norm.one_plus ? 1.0f : 0.0f;
   for (int64_t row = begin; row < end; ++row) {
     const T *x = x_rows[row], *gradient = gradient_rows[row];
@@ -128,8 +116,10 @@ INLINE void norm_backward_rows(const NormBackward<T>& all_rows, int64_t begin, i
       products += product.first * (s.first + shift) + product.second * (s.second + shift);
       store_two_beside({sum.first + product.first, sum.second + product.second}, dw, x);
     };
-    const auto write = [&](const T* x, const T* dy, const T* w, const T* skipped, T* y, T* dx,
-                           float mean) INLINED {
+    by_twos(width, gather, x, gradient, weight, by_weight);
+    const float mean = sum(products) / static_cast<float>(width);
+    const auto write = [&](const T* x, const T* dy, const T* w, const T* skipped, T* y,
+                           T* dx) INLINED {
       const Two v = load_two(x), by = load_two(dy), s = load_two(w);
       const Two normed = {v.first * r, v.second * r};
       Two out = {r * (by.first * (s.first + shift) - normed.first * mean),
@@ -141,32 +131,7 @@ INLINE void norm_backward_rows(const NormBackward<T>& all_rows, int64_t begin, i
       if (y != nullptr) store_two(scaled(normed, w, norm.one_plus), y);
       store_two(out, dx);
     };
-    // What is left behind the last whole vectors, aside, with zeros behind it.
-    T rests[6][PAIRED] = {};
-    float rest_dw[PAIRED] = {};
-    const auto aside = [&](const T* from, int64_t at) {
-      if (from != nullptr) std::copy_n(from + whole, rest, rests[at]);
-    };
-    for (int64_t at = 0; at < whole; at += PAIRED) {
-      gather(x + at, gradient + at, weight + at, by_weight + at);
-    }
-    if (rest > 0) {
-      aside(x, 0), aside(gradient, 1), aside(weight, 2), aside(residual, 3);
-      std::copy_n(by_weight + whole, rest, rest_dw);
-      gather(rests[0], rests[1], rests[2], rest_dw);
-      std::copy_n(rest_dw, rest, by_weight + whole);
-    }
-    const float mean = sum(products) / static_cast<float>(width);
-    for (int64_t at = 0; at < whole; at += PAIRED) {
-      write(x + at, gradient + at, weight + at, residual ? residual + at : nullptr,
-            output ? output + at : nullptr, by_input + at, mean);
-    }
-    if (rest > 0) {
-      write(rests[0], rests[1], rests[2], residual ? rests[3] : nullptr,
-            output ? rests[4] : nullptr, rests[5], mean);
-      if (output) std::copy_n(rests[4], rest, output + whole);
-      std::copy_n(rests[5], rest, by_input + whole);
-    }
+    by_twos(width, write, x, gradient, weight, residual, output, by_input);
   }
 }
 

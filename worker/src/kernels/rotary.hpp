@@ -9,27 +9,19 @@ namespace drift {
 // One head, in place.
 template <typename T>
 INLINE void rotate_head(T* x, const T* cos, const T* sin, int64_t half) {
-  int64_t at = 0;
-  for (; at + PAIRED <= half; at += PAIRED) {
-    const Two a = load_two(x + at), b = load_two(x + half + at);
-    const Two cos_a = load_two(cos + at), cos_b = load_two(cos + half + at);
-    const Two sin_a = load_two(sin + at), sin_b = load_two(sin + half + at);
-    store_two({a.first * cos_a.first + b.first * sin_a.first,
-               a.second * cos_a.second + b.second * sin_a.second},
-              x + at);
-    store_two({b.first * cos_b.first + a.first * sin_b.first,
-               b.second * cos_b.second + a.second * sin_b.second},
-              x + half + at);
-  }
-  const auto turned = [](T x, T cos, T other, T sin) INLINED {
-    return static_cast<T>(static_cast<float>(x) * static_cast<float>(cos) +
-                          static_cast<float>(other) * static_cast<float>(sin));
+  const auto two = [](T* a, T* b, const T* cos_a, const T* cos_b, const T* sin_a,
+                      const T* sin_b) INLINED {
+    const Two x = load_two(a), y = load_two(b);
+    const Two cx = load_two(cos_a), cy = load_two(cos_b), sx = load_two(sin_a);
+    const Two sy = load_two(sin_b);
+    store_two({x.first * cx.first + y.first * sx.first,
+               x.second * cx.second + y.second * sx.second},
+              a);
+    store_two({y.first * cy.first + x.first * sy.first,
+               y.second * cy.second + x.second * sy.second},
+              b);
   };
-  for (; at < half; ++at) {
-    const T a = x[at], b = x[half + at];
-    x[at] = turned(a, cos[at], b, sin[at]);
-    x[half + at] = turned(b, cos[half + at], a, sin[half + at]);
-  }
+  by_twos(half, two, x, x + half, cos, cos + half, sin, sin + half);
 }
 
 template <typename T>

@@ -4,9 +4,13 @@
 
 #include <c10/util/BFloat16.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <tuple>
+#include <type_traits>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
@@ -69,6 +73,30 @@ INLINE Bits rounded(Floats x) {
 INLINE void store_two(Two x, c10::BFloat16* to) {
   const Bits bits = (rounded(x.first) >> 16) | (rounded(x.second) & 0xffff0000);
   std::memcpy(to, &bits, sizeof bits);
+}
+
+// Calls `two` for two vectors after another of each of the `rows`, of `width` elements, where they
+// are; a row may be missing. What is left behind the last whole ones goes aside, with zeros behind
+// it, and what `two` may write comes back from there.
+template <typename Function, typename... T>
+INLINE void by_twos(int64_t width, Function two, T*... rows) {
+  const auto at_place = [](auto* row, int64_t at) INLINED { return row ? row + at : row; };
+  const int64_t whole = width / PAIRED * PAIRED, rest = width - whole;
+  for (int64_t at = 0; at < whole; at += PAIRED) two(at_place(rows, at)...);
+  if (rest == 0) return;
+  std::tuple<std::array<std::remove_const_t<T>, PAIRED>...> aside{};
+  std::apply(
+      [&](auto&... some) INLINED {
+        ((rows ? (void)std::copy_n(rows + whole, rest, some.data()) : (void)0), ...);
+        two((rows ? static_cast<T*>(some.data()) : nullptr)...);
+        const auto back = [&](auto* row, const auto& some) INLINED {
+          if constexpr (!std::is_const_v<std::remove_pointer_t<decltype(row)>>) {
+            if (row) std::copy_n(some.data(), rest, row + whole);
+          }
+        };
+        (back(rows, some), ...);
+      },
+      aside);
 }
 
 // fp32 from and to its own order, for two vectors in the order of those of the last argument's

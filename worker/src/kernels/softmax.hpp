@@ -19,16 +19,7 @@ INLINE void weigh_row(T* logs, T* gradients, int64_t count, int64_t first, int64
     store_two(p, log);
     store_two({p.first * by.first, p.second * by.second}, gradient);
   };
-  int64_t at = first;
-  for (; at + PAIRED <= end; at += PAIRED) two(logs + at, gradients + at);
-  if (at < end) {
-    T rests[2][PAIRED] = {};
-    std::copy_n(logs + at, end - at, rests[0]);
-    std::copy_n(gradients + at, end - at, rests[1]);
-    two(rests[0], rests[1]);
-    std::copy_n(rests[0], end - at, logs + at);
-    std::copy_n(rests[1], end - at, gradients + at);
-  }
+  by_twos(end - first, two, logs + first, gradients + first);
   for (T* x : {logs, gradients}) {
     std::fill(x, x + first, T(0.0f));
     std::fill(x + end, x + count, T(0.0f));

@@ -117,20 +117,13 @@ mod tests {
     use super::*;
     use crate::model::ops::causal_mask;
 
-    /// Heads, heads of keys, and elements of one: of whole vectors, with more behind them, and
-    /// less; groups that go through the pages at once, and in two parts.
-    const SHAPES: [[i64; 3]; 4] = [[6, 2, 16], [14, 2, 64], [5, 5, 40], [4, 1, 96]];
-
-    fn scale(width: i64) -> f64 {
-        1.2 / (width as f64).sqrt()
-    }
-
     /// What `row`'s queries (`[tokens, heads, head_dim]`) get, and the log of the denominator,
     /// as it is written down.
     fn plainly(
         row: &Decoding<'_>,
         queries: &Tensor,
         pool: [&Tensor; 2],
+        scale: f64,
         window: Option<i64>,
     ) -> [Tensor; 2] {
         let length = (row.before + row.tokens) as i64;
@@ -145,68 +138,91 @@ mod tests {
         let shape = [row.tokens as i64, length];
         let options = (Kind::Double, Device::Cpu);
         let mask = causal_mask(row.before as i64, shape, window, options).unwrap();
-        let scores = queries.matmul(&keys.transpose(1, 2)) * scale(queries.size()[2]) + mask;
+        let scores = queries.matmul(&keys.transpose(1, 2)) * scale + mask;
         let attended = scores.softmax(-1, Kind::Double).matmul(&values);
         [attended.transpose(0, 1), scores.logsumexp([-1], false).transpose(0, 1)]
     }
 
-    fn assert_close(ours: &Tensor, expected: &Tensor, bound: f64, what: &str) {
-        let error = ((ours - expected).norm() / expected.norm()).double_value(&[]);
-        assert!(error < bound, "{what}: {error:.1e}");
-    }
-
-    /// Both ways, for rows of a few pages and of one, over pages in any order; of two pages
-    /// nobody asks.
+    /// How new tokens of four rows come out by `by_kernel` or products: rows of a few pages and
+    /// of one, over pages in any order; of two pages nobody asks.
     fn check(
-        [heads, kv_heads, width]: [i64; 3],
-        kind: Kind,
-        window: Option<i64>,
-        tokens: [usize; 4],
+        by_kernel: bool,
+        queries: &Tensor,
+        pool: [&Tensor; 2],
+        scale: f64,
+        (window, tokens): (Option<i64>, [usize; 4]),
+        bound: f64,
     ) {
         let pages = [vec![7, 2, 5], vec![0], vec![4, 1], vec![3, 8]];
         let before = [2 * PAGE + 9, 0, 2 * PAGE - 5, PAGE - 2];
         let row =
             |at: usize| Decoding { pages: &pages[at], before: before[at], tokens: tokens[at] };
         let rows: Vec<Decoding<'_>> = (0..4).map(row).collect();
-        let random = |shape: &[i64]| Tensor::randn(shape, (kind, Device::Cpu));
-        let pool = || random(&[9, kv_heads, PAGE as i64, width]);
-        let (keys, values) = (pool(), pool());
-        let count = tokens.iter().sum::<usize>() as i64;
-        // As they lie in what is projected: keys behind them.
-        let queries = random(&[count, heads + kv_heads, width]).narrow(1, 0, heads);
+        let heads = [queries.size()[1], pool[0].size()[1]];
+        let options = (queries.kind(), Device::Cpu);
+        let paged = match by_kernel {
+            true => Paged::new(&rows, 9, window, heads, options),
+            false => Products::new(&rows, 9, window, heads, options.1).map(Paged::Products),
+        };
+        let paged = paged.unwrap();
+        assert_eq!(matches!(paged, Paged::Kernel { .. }), by_kernel);
+        assert_eq!(paged.tokens(), queries.size()[0]);
+        let (output, sums) = paged.attend(queries, pool, scale, true).unwrap();
+        let mut start = 0;
+        for row in &rows {
+            let theirs = |x: &Tensor| x.narrow(0, start, row.tokens as i64);
+            let expected = plainly(row, &theirs(queries), pool, scale, window);
+            for (ours, expected) in [&output, sums.as_ref().unwrap()].iter().zip(expected) {
+                let error = (theirs(ours) - &expected).norm() / expected.norm();
+                let error = error.double_value(&[]);
+                assert!(error < bound, "{queries:?} {window:?} {row:?}: {error:.1e}");
+            }
+            start += row.tokens as i64;
+        }
+    }
 
-        let all_heads = [heads, kv_heads];
-        let kernel = Paged::new(&rows, 9, window, all_heads, (kind, Device::Cpu)).unwrap();
-        assert!(matches!(kernel, Paged::Kernel { .. }));
-        let products = Products::new(&rows, 9, window, all_heads, Device::Cpu).unwrap();
-        // In bf16 products round scores, weights and each page's part, the kernel what comes out.
-        for (paged, of_bf16) in [(kernel, 4e-3), (Paged::Products(products), 2e-2)] {
-            let bound = if kind == Kind::Float { 1e-6 } else { of_bf16 };
-            assert_eq!(paged.tokens(), count);
-            let (output, sums) =
-                paged.attend(&queries, [&keys, &values], scale(width), true).unwrap();
-            let mut start = 0;
-            for row in &rows {
-                let theirs = |x: &Tensor| x.narrow(0, start, row.tokens as i64);
-                let [attended, log_sums] =
-                    plainly(row, &theirs(&queries), [&keys, &values], window);
-                let what = format!("{heads} {kv_heads} {width} {kind:?} {window:?} {row:?}");
-                assert_close(&theirs(&output), &attended, bound, &what);
-                assert_close(&theirs(sums.as_ref().unwrap()), &log_sums, bound, &what);
-                start += row.tokens as i64;
+    /// A window and new tokens of each row: with guesses and without. A guess ends at a page's
+    /// end, and one goes beyond.
+    const CASES: [(Option<i64>, [usize; 4]); 3] =
+        [(None, [1; 4]), (None, [1, 1, 5, 3]), (Some(40), [4, 1, 2, 9])];
+
+    #[test]
+    fn pages_joined_are_the_whole_row() {
+        tch::manual_seed(8);
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let random = |shape: &[i64]| Tensor::randn(shape, (kind, Device::Cpu));
+            let pool = || random(&[9, 2, PAGE as i64, 16]);
+            let (keys, values) = (pool(), pool());
+            for case in CASES {
+                let queries = random(&[case.1.iter().sum::<usize>() as i64, 6, 16]);
+                let bound = if kind == Kind::Float { 1e-6 } else { 1e-2 };
+                for by_kernel in [true, false] {
+                    check(by_kernel, &queries, [&keys, &values], 0.3, case, bound);
+                }
             }
         }
     }
 
-    /// With guesses and without. A guess ends at a page's end, and one goes beyond.
+    /// Heads of whole vectors, with more behind them, and of less; groups that go through the
+    /// pages at once, and in two parts. The kernel rounds to bf16 what comes out alone.
     #[test]
-    fn pages_joined_are_the_whole_row() {
-        tch::manual_seed(8);
-        for shape in SHAPES {
-            for kind in [Kind::Float, Kind::BFloat16] {
-                check(shape, kind, None, [1; 4]);
-                check(shape, kind, None, [1, 1, 5, 3]);
-                check(shape, kind, Some(40), [4, 1, 2, 9]);
+    fn heads_of_any_width_and_number_are_attended_to() {
+        tch::manual_seed(10);
+        for [heads, kv_heads, width] in [[6, 2, 16], [14, 2, 64], [5, 5, 40], [4, 1, 96]] {
+            let scale = 1.2 / (width as f64).sqrt();
+            for (kind, bound) in [(Kind::Float, 1e-6), (Kind::BFloat16, 4e-3)] {
+                let random = |shape: &[i64]| Tensor::randn(shape, (kind, Device::Cpu));
+                let pool = || random(&[9, kv_heads, PAGE as i64, width]);
+                let (keys, values) = (pool(), pool());
+                for case in CASES {
+                    // As they lie in what is projected: keys behind them.
+                    let count = case.1.iter().sum::<usize>() as i64;
+                    let queries = random(&[count, heads + kv_heads, width]).narrow(1, 0, heads);
+                    check(true, &queries, [&keys, &values], scale, case, bound);
+                    if kind == Kind::Float {
+                        check(false, &queries, [&keys, &values], scale, case, bound);
+                    }
+                }
             }
         }
     }
@@ -224,7 +240,7 @@ mod tests {
             let queries = random(&[4, 6, 64]);
             let attend = |rows: &[Decoding<'_>], queries: &Tensor| {
                 let paged = Paged::new(rows, 3, None, [6, 2], (kind, Device::Cpu)).unwrap();
-                paged.attend(queries, [&keys, &values], scale(64), false).unwrap().0
+                paged.attend(queries, [&keys, &values], 0.15, false).unwrap().0
             };
             let together = attend(&[row(0, 70, 3), row(1, 20, 1)], &queries);
             let alone = attend(&[row(0, 70, 1)], &queries.narrow(0, 0, 1));
