@@ -41,7 +41,7 @@ pub(super) struct Sink<'a> {
 
 /// A forward pass up to the head, recorded.
 #[derive(Debug)]
-pub(super) struct Recording {
+struct Recording {
     blocks: Vec<Recorded>,
     /// Hidden states that predict rows, ahead of the final norm: `[rows, hidden]`.
     selected: Tensor,
@@ -74,8 +74,24 @@ impl Pass<'_> {
         })
     }
 
-    /// The same up to the head, recorded for [`Self::backward`].
-    pub(super) fn record(&self) -> Result<Recording, TrainError> {
+    /// Forward and backward of a step's `index`-th micro-batch: gradients of the loss by all
+    /// weights, into `sink`. `evaluate` is told some of the pairs and the scores of their rows,
+    /// and answers with the derivatives of the loss by each row's log-probability.
+    pub(super) fn train(
+        &self,
+        index: usize,
+        evaluate: impl FnMut(Range<usize>, &RowScores) -> Result<Vec<f32>, TrainError>,
+        sink: &mut Sink<'_>,
+    ) -> Result<(), TrainError> {
+        let forward = self.tracer.span(|| format!("forward {index}"));
+        let recording = self.record()?;
+        drop(forward);
+        let _backward = self.tracer.span(|| format!("backward {index}"));
+        self.backward(recording, evaluate, sink)
+    }
+
+    /// As [`Self::score`] up to the head, recorded for [`Self::backward`].
+    fn record(&self) -> Result<Recording, TrainError> {
         tch::no_grad(|| {
             let rotations = self.policy.rotations(&self.packed.positions)?;
             let mut hidden = self.policy.embed(&self.packed.ids)?;
@@ -101,10 +117,8 @@ impl Pass<'_> {
         })
     }
 
-    /// The head, and from there gradients of the loss by all weights into `sink`. `evaluate`
-    /// is told some of the pairs and the scores of their rows, and answers with the
-    /// derivatives of the loss by each row's log-probability.
-    pub(super) fn backward(
+    /// The head, and from there all that comes before it.
+    fn backward(
         &self,
         recording: Recording,
         evaluate: impl FnMut(Range<usize>, &RowScores) -> Result<Vec<f32>, TrainError>,

@@ -201,17 +201,13 @@ impl Trainer {
                 tracer: &self.tracer,
                 stop,
             };
-            let forward = self.tracer.span(|| format!("forward {index}"));
-            let recording = pass.record()?;
-            drop(forward);
-            let _backward = self.tracer.span(|| format!("backward {index}"));
             let evaluate = |some: Range<usize>, scores: &RowScores| {
                 let (outcomes, coefficients) =
                     evaluate(&objective, &share, &batch.pairs[some], scores)?;
                 pairs.extend(outcomes);
                 Ok(coefficients)
             };
-            pass.backward(recording, evaluate, &mut sink)?;
+            pass.train(index, evaluate, &mut sink)?;
             tokens += packed.tokens as u64;
         }
         if step.micro_batches.is_empty() {
