@@ -7,6 +7,7 @@
 #include "gate.hpp"
 #include "leaders.hpp"
 #include "norm.hpp"
+#include "optimizer.hpp"
 #include "rotary.hpp"
 #include "softmax.hpp"
 
@@ -49,6 +50,13 @@ TORCH_LIBRARY(drift, library) {
   library.def("gated(Tensor gate_up, bool gelu, Tensor(a!) out) -> ()");
   library.def(
       "gated_backward(Tensor(a!) gate_up, Tensor gradient, bool gelu, Tensor(b!) activated) -> ()");
+  library.def(
+      "rmsprop(Tensor gradient, Tensor(a!) square_avg, Tensor(b!) values, Tensor(c!)? rounded, "
+      "float alpha, float fresh, float rate, float eps) -> ()");
+  library.def(
+      "adamw(Tensor gradient, Tensor(a!) exp_avg, Tensor(b!) exp_avg_sq, Tensor(c!) values, "
+      "Tensor(d!)? rounded, float clip, float beta1, float beta2, float keep, float rate, "
+      "float unbias, float eps) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(drift, CPU, library) {
@@ -61,4 +69,6 @@ TORCH_LIBRARY_IMPL(drift, CPU, library) {
   library.impl("rotate", &drift::rotate);
   library.impl("gated", &drift::gated);
   library.impl("gated_backward", &drift::gated_backward);
+  library.impl("rmsprop", &drift::rmsprop);
+  library.impl("adamw", &drift::adamw);
 }

@@ -47,6 +47,12 @@ const SCRIPT: &str = r#"class Kernels(Module):
   def gated_backward(self: __torch__.Kernels, gate_up: Tensor, gradient: Tensor, gelu: bool, activated: Tensor) -> NoneType:
     ops.drift.gated_backward(gate_up, gradient, gelu, activated)
     return None
+  def rmsprop(self: __torch__.Kernels, gradient: Tensor, square_avg: Tensor, values: Tensor, rounded: Optional[Tensor], alpha: float, fresh: float, rate: float, eps: float) -> NoneType:
+    ops.drift.rmsprop(gradient, square_avg, values, rounded, alpha, fresh, rate, eps)
+    return None
+  def adamw(self: __torch__.Kernels, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, values: Tensor, rounded: Optional[Tensor], clip: float, beta1: float, beta2: float, keep: float, rate: float, unbias: float, eps: float) -> NoneType:
+    ops.drift.adamw(gradient, exp_avg, exp_avg_sq, values, rounded, clip, beta1, beta2, keep, rate, unbias, eps)
+    return None
 "#;
 
 /// The module's one object, pickled: `Kernels` with `training = False`.
@@ -239,4 +245,36 @@ pub(crate) fn gated_backward(
 ) -> Result<(), TchError> {
     let arguments = [given(gate_up), given(gradient), IValue::Bool(gelu), given(activated)];
     call("gated_backward", &arguments).map(drop)
+}
+
+/// RMSprop's update of `values`, in place, which go to `rounded` in bf16, if anywhere: with the
+/// numbers α, f, r and ε, v ← αv + f g², w ← w − r g / (√v + ε). All tensors are `[n]`, contiguous,
+/// and fp32 but for `rounded`.
+pub(crate) fn rmsprop(
+    gradient: &Tensor,
+    square_avg: &Tensor,
+    values: &Tensor,
+    rounded: Option<&Tensor>,
+    numbers: [f64; 4],
+) -> Result<(), TchError> {
+    let rounded = rounded.map_or(IValue::None, given);
+    let mut arguments = vec![given(gradient), given(square_avg), given(values), rounded];
+    arguments.extend(numbers.map(IValue::Double));
+    call("rmsprop", &arguments).map(drop)
+}
+
+/// AdamW's update, as [`rmsprop`]'s: with the numbers c, β₁, β₂, k, r, u and ε, g ← cg,
+/// m ← m + (1 − β₁)(g − m), v ← β₂v + (1 − β₂)g², w ← kw − r m / (√v / u + ε). `moments` are m and v.
+pub(crate) fn adamw(
+    gradient: &Tensor,
+    [exp_avg, exp_avg_sq]: [&Tensor; 2],
+    values: &Tensor,
+    rounded: Option<&Tensor>,
+    numbers: [f64; 7],
+) -> Result<(), TchError> {
+    let rounded = rounded.map_or(IValue::None, given);
+    let mut arguments = Vec::from([gradient, exp_avg, exp_avg_sq, values].map(given));
+    arguments.push(rounded);
+    arguments.extend(numbers.map(IValue::Double));
+    call("adamw", &arguments).map(drop)
 }

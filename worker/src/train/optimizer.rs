@@ -1,15 +1,12 @@
 //! RMSprop and AdamW on fp32 master weights, as `torch.optim` computes them.
 
-use tch::{Device, Kind, TchError, Tensor};
+use tch::{Kind, TchError, Tensor};
 
 use super::memory::bytes;
 use super::parameters::Buckets;
 use super::sharding::{Partition, Segment};
 use super::types::{Algorithm, OptimizerSettings};
-
-/// Elements updated at once on a CPU: gradient, state, master and two
-/// temporaries then stay in cache, and each is read from memory once.
-const CACHED_ELEMENTS: i64 = 1 << 16;
+use crate::kernels;
 
 /// Masters and the optimiser's state of this rank's share: fp32, flat, in the
 /// layout of the gradients' shares.
@@ -85,33 +82,19 @@ impl Optimizer {
         clip: f64,
         learning_rate: f64,
     ) -> Result<(), TchError> {
-        let length = gradient.size1()?;
-        let (piece, device) = match gradient.device() {
-            Device::Cpu => (CACHED_ELEMENTS.min(length), Device::Cpu),
-            device => (length, device),
-        };
-        let empty = || Tensor::f_empty([piece], (Kind::Float, device));
-        let scratch = [empty()?, empty()?];
         for segment in self.partition.own(&buckets.list[bucket]) {
             let decays = segment.slot.tensor.dim() > 1;
             let rule = self.settings.algorithm.rule(self.steps + 1, clip, learning_rate, decays);
             let weight = segment.weight()?;
-            let master = self.master(bucket, &segment)?;
+            let rounded = self.masters.as_ref().map(|_| &weight);
+            let mut values = self.master(bucket, &segment)?;
             let gradient = segment.of(gradient)?;
-            let moments = self.moments(bucket, &segment)?;
-            let mut start = 0;
-            while start < segment.length() {
-                let count = piece.min(segment.length() - start);
-                let part = |of: &Tensor| of.f_narrow(0, start, count);
-                let mut values = part(&master)?;
-                let mut state = moments.iter().map(part).collect::<Result<Vec<_>, _>>()?;
-                let [a, b] = &scratch;
-                let mut scratch = [a.f_narrow(0, 0, count)?, b.f_narrow(0, 0, count)?];
-                rule.apply(&part(&gradient)?, &mut state, &mut values, &mut scratch)?;
-                if self.masters.is_some() {
-                    part(&weight)?.f_copy_(&values)?;
-                }
-                start += count;
+            let mut moments = self.moments(bucket, &segment)?;
+            if kernels::are_for(weight.kind(), weight.device()) {
+                rule.apply_at_once(&gradient, &moments, &values, rounded)?;
+            } else {
+                rule.apply(&gradient, &mut moments, &mut values)?;
+                rounded.map(|rounded| rounded.shallow_clone().f_copy_(&values)).transpose()?;
             }
         }
         Ok(())
@@ -179,65 +162,85 @@ impl Algorithm {
 }
 
 impl Rule {
-    /// Updates `moments` and `weight` by `gradient`, each `[n]`, as `scratch` is.
-    /// All arithmetic is in place and in the order in which `torch.optim` does
-    /// it, constants first where it multiplies by one: `addcmul_` and `addcdiv_`
-    /// take none here.
+    /// Updates `moments` and `values` by `gradient`, each `[n]`, in the order in which
+    /// `torch.optim` does it, constants first where it multiplies by one: `addcmul_` and
+    /// `addcdiv_` take none here.
     fn apply(
         &self,
         gradient: &Tensor,
         moments: &mut [Tensor],
-        weight: &mut Tensor,
-        scratch: &mut [Tensor; 2],
+        values: &mut Tensor,
     ) -> Result<(), TchError> {
-        let [a, b] = scratch;
         let lr = self.learning_rate;
         match (self.algorithm, moments) {
             (Algorithm::RmsProp { alpha, epsilon }, [square_avg]) => {
                 // v ← αv + (1−α)g², w ← w − lr · g / (√v + ε), with the clip in the constants
-                let _ = gradient.f_mul_scalar_out(b, (1.0 - alpha) * self.clip * self.clip)?;
-                let _ = square_avg.f_mul_scalar_(alpha)?.f_addcmul_(b, gradient)?;
-                let _ = square_avg.f_sqrt_out(b)?.f_add_scalar_(epsilon)?;
-                let change = gradient.f_mul_scalar_out(a, -lr * self.clip)?;
-                weight.f_addcdiv_(&change, b).map(drop)
+                let part = gradient.f_mul_scalar((1.0 - alpha) * self.clip * self.clip)?;
+                let _ = square_avg.f_mul_scalar_(alpha)?.f_addcmul_(&part, gradient)?;
+                let root = square_avg.f_sqrt_out(&part)?.f_add_scalar_(epsilon)?;
+                let change = gradient.f_mul_scalar(-lr * self.clip)?;
+                values.f_addcdiv_(&change, &root).map(drop)
             }
             (Algorithm::AdamW { beta1, beta2, epsilon, weight_decay }, [exp_avg, exp_avg_sq]) => {
                 if self.decays {
-                    let _ = weight.f_mul_scalar_(1.0 - lr * weight_decay)?;
+                    let _ = values.f_mul_scalar_(1.0 - lr * weight_decay)?;
                 }
                 // m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g²
-                let gradient = self.clipped(gradient, a)?;
+                let gradient = gradient.f_mul_scalar(self.clip)?;
                 let _ = exp_avg.f_lerp_(&gradient, 1.0 - beta1)?;
-                let _ = gradient.f_mul_scalar_out(b, 1.0 - beta2)?;
-                let _ = exp_avg_sq.f_mul_scalar_(beta2)?.f_addcmul_(b, &gradient)?;
+                let part = gradient.f_mul_scalar(1.0 - beta2)?;
+                let _ = exp_avg_sq.f_mul_scalar_(beta2)?.f_addcmul_(&part, &gradient)?;
                 // w ← w − lr · m̂ / (√v̂ + ε), with m̂ = m/(1−β₁ᵗ) and v̂ = v/(1−β₂ᵗ)
-                let root = exp_avg_sq.f_sqrt_out(b)?;
-                let _ = root
-                    .shallow_clone()
-                    .f_div_scalar_((1.0 - beta2.powf(self.step)).sqrt())?
-                    .f_add_scalar_(epsilon)?;
-                let change = exp_avg.f_mul_scalar_out(a, -lr / (1.0 - beta1.powf(self.step)))?;
-                weight.f_addcdiv_(&change, b).map(drop)
+                let [m_unbias, v_unbias] = self.unbias(beta1, beta2);
+                let root = exp_avg_sq.f_sqrt_out(&part)?.f_div_scalar_(v_unbias)?;
+                let root = root.shallow_clone().f_add_scalar_(epsilon)?;
+                let change = exp_avg.f_mul_scalar_out(&gradient, -lr / m_unbias)?;
+                values.f_addcdiv_(&change, &root).map(drop)
             }
-            (_, moments) => {
-                Err(TchError::Kind(format!("{} moments for {:?}", moments.len(), self.algorithm)))
-            }
+            (_, moments) => Err(self.wrong(moments)),
         }
     }
 
-    /// `gradient` itself, or its clipped copy in `scratch`.
-    fn clipped(&self, gradient: &Tensor, scratch: &Tensor) -> Result<Tensor, TchError> {
-        if self.clip < 1.0 {
-            gradient.f_mul_scalar_out(scratch, self.clip)
-        } else {
-            Ok(gradient.shallow_clone())
+    /// The same by a kernel, which reads and writes each number once; what `values` become goes
+    /// to `rounded` besides, if anywhere.
+    fn apply_at_once(
+        &self,
+        gradient: &Tensor,
+        moments: &[Tensor],
+        values: &Tensor,
+        rounded: Option<&Tensor>,
+    ) -> Result<(), TchError> {
+        let (lr, clip) = (self.learning_rate, self.clip);
+        match (self.algorithm, moments) {
+            (Algorithm::RmsProp { alpha, epsilon }, [square_avg]) => {
+                let numbers = [alpha, (1.0 - alpha) * clip * clip, lr * clip, epsilon];
+                kernels::rmsprop(gradient, square_avg, values, rounded, numbers)
+            }
+            (Algorithm::AdamW { beta1, beta2, epsilon, weight_decay }, [exp_avg, exp_avg_sq]) => {
+                let keep = if self.decays { 1.0 - lr * weight_decay } else { 1.0 };
+                let [m_unbias, v_unbias] = self.unbias(beta1, beta2);
+                let numbers = [clip, beta1, beta2, keep, lr / m_unbias, v_unbias, epsilon];
+                kernels::adamw(gradient, [exp_avg, exp_avg_sq], values, rounded, numbers)
+            }
+            (_, moments) => Err(self.wrong(moments)),
         }
+    }
+
+    /// By what AdamW's m and √v are divided: they begin at 0.
+    fn unbias(&self, beta1: f64, beta2: f64) -> [f64; 2] {
+        [1.0 - beta1.powf(self.step), (1.0 - beta2.powf(self.step)).sqrt()]
+    }
+
+    fn wrong(&self, moments: &[Tensor]) -> TchError {
+        TchError::Kind(format!("{} moments for {:?}", moments.len(), self.algorithm))
     }
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use tch::Device;
+
     use super::*;
 
     const GRADIENTS: [[f64; 3]; 4] =
@@ -245,18 +248,50 @@ mod tests {
     const CLIP: f64 = 0.5;
     const RATE: f64 = 0.1;
 
-    /// The weights after each of the steps.
-    fn run(algorithm: Algorithm, decays: bool) -> Vec<Vec<f64>> {
-        let zeros = || Tensor::zeros([3], (Kind::Float, Device::Cpu));
-        let mut moments: Vec<Tensor> = algorithm.moments().iter().map(|_| zeros()).collect();
-        let mut weight = Tensor::from_slice(&[1.0f32, 2.0, -3.0]);
-        let steps = (1..).zip(GRADIENTS).map(|(step, gradient)| {
-            let gradient = Tensor::from_slice(&gradient.map(|g| g as f32));
-            let rule = algorithm.rule(step, CLIP, RATE, decays);
-            rule.apply(&gradient, &mut moments, &mut weight, &mut [zeros(), zeros()]).unwrap();
-            (0..3).map(|at| weight.double_value(&[at])).collect()
-        });
-        steps.collect()
+    /// The weights after each of the steps, by operations and by the kernel.
+    fn runs(algorithm: Algorithm, decays: bool) -> [Vec<Vec<f64>>; 2] {
+        let run = |at_once: bool| {
+            let zeros = || Tensor::zeros([3], (Kind::Float, Device::Cpu));
+            let mut moments: Vec<Tensor> = algorithm.moments().iter().map(|_| zeros()).collect();
+            let mut values = Tensor::from_slice(&[1.0f32, 2.0, -3.0]);
+            let rounded = values.to_kind(Kind::BFloat16);
+            let steps = (1..).zip(GRADIENTS).map(|(step, gradient)| {
+                let gradient = Tensor::from_slice(&gradient.map(|g| g as f32));
+                let rule = algorithm.rule(step, CLIP, RATE, decays);
+                if at_once {
+                    rule.apply_at_once(&gradient, &moments, &values, Some(&rounded)).unwrap();
+                    assert_eq!(rounded, values.to_kind(Kind::BFloat16));
+                } else {
+                    rule.apply(&gradient, &mut moments, &mut values).unwrap();
+                }
+                (0..3).map(|at| values.double_value(&[at])).collect()
+            });
+            steps.collect()
+        };
+        [run(false), run(true)]
+    }
+
+    /// Whole vectors, and what is behind them, on several threads: as by operations.
+    #[test]
+    fn the_kernel_reaches_every_weight() {
+        tch::manual_seed(3);
+        let random = || Tensor::randn([100_003], (Kind::Float, Device::Cpu));
+        let rmsprop = Algorithm::RmsProp { alpha: 0.9, epsilon: 1e-4 };
+        let adamw = Algorithm::AdamW { beta1: 0.9, beta2: 0.95, epsilon: 1e-4, weight_decay: 0.1 };
+        for algorithm in [rmsprop, adamw] {
+            let rule = algorithm.rule(2, CLIP, RATE, true);
+            let (gradient, mut values) = (random(), random());
+            let mut moments: Vec<Tensor> =
+                algorithm.moments().iter().map(|_| random().square()).collect();
+            let by_kernel: Vec<Tensor> =
+                moments.iter().chain([&values]).map(|x| x.copy()).collect();
+            let (of_kernel, ours) = by_kernel.split_at(moments.len());
+            rule.apply_at_once(&gradient, of_kernel, &ours[0], None).unwrap();
+            rule.apply(&gradient, &mut moments, &mut values).unwrap();
+            for (ours, theirs) in by_kernel.iter().zip(moments.iter().chain([&values])) {
+                assert!(ours.allclose(theirs, 1e-5, 1e-6, false), "{algorithm:?}");
+            }
+        }
     }
 
     fn assert_close(ours: &[Vec<f64>], expected: &[Vec<f64>]) {
@@ -279,7 +314,9 @@ mod tests {
                 w.to_vec()
             })
             .to_vec();
-        assert_close(&run(Algorithm::RmsProp { alpha, epsilon }, true), &expected);
+        for ours in runs(Algorithm::RmsProp { alpha, epsilon }, true) {
+            assert_close(&ours, &expected);
+        }
     }
 
     #[test]
@@ -301,7 +338,9 @@ mod tests {
                 }
                 expected.push(w.to_vec());
             }
-            assert_close(&run(algorithm, decays), &expected);
+            for ours in runs(algorithm, decays) {
+                assert_close(&ours, &expected);
+            }
         }
     }
 }
