@@ -3,6 +3,7 @@
 use drift_worker::model::Decoder;
 use drift_worker::sample::{Prompt, SamplingEngine, SamplingParams, Shard, sample_shard};
 use std::ops::ControlFlow;
+use std::path::Path;
 use tch::{Device, Kind};
 
 use crate::support::{coordinator, first_steps_are_ln_2, held_out, python, succeeds};
@@ -39,15 +40,19 @@ fn demo_trains_a_model_that_transformers_loads() {
         assert!(loss("last_loss") < loss("first_loss"), "{iteration}");
     }
 
-    let checkpoint = run.join("iterations/02/checkpoint");
-    let reply: serde_json::Value =
-        serde_json::from_str(&python("demo_reference.py", &[checkpoint.to_str().unwrap()]))
-            .unwrap();
+    answers_as_in_transformers(&run.join("iterations/02/checkpoint"), "float32");
+}
+
+/// Transformers finds `checkpoint` to be of the type `dtype`, and answers by it, in fp32, what is
+/// answered here.
+pub(crate) fn answers_as_in_transformers(checkpoint: &Path, dtype: &str) {
+    let answer = python("demo_reference.py", &[checkpoint.to_str().unwrap(), dtype]);
+    let reply: serde_json::Value = serde_json::from_str(&answer).unwrap();
     eprintln!("transformers {}", reply["transformers"]);
     let ids = |value: &serde_json::Value| -> Vec<u32> {
         value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
     };
-    let model = Decoder::load(&checkpoint, Kind::Float, Device::Cpu).unwrap();
+    let model = Decoder::load(checkpoint, Kind::Float, Device::Cpu).unwrap();
     let shard = Shard {
         seed: 0,
         iteration: 0,

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use crate::demo::answers_as_in_transformers;
 use crate::support::{
     coordinator, data, demo_model, ended, first_steps_are_ln_2, metrics, program, resume, short,
     signalled_at, succeeds,
@@ -42,6 +43,7 @@ fn public_dialogues_train_through_two_iterations() {
         assert!(rows.len() >= 56, "iteration {k}: {} of 64 samples made pairs", rows.len());
         assert!(rows.iter().any(|row| row.held_out) && rows.iter().any(|row| !row.held_out));
     }
+    answers_as_in_transformers(&run.join("iterations/02/checkpoint"), "bfloat16");
 }
 
 /// Begun with two workers, stopped after the warm start; one goes on, and is

@@ -1,6 +1,6 @@
 """Loads a published checkpoint as a user would, and answers greedily.
 
-Prints JSON: prompts and greedy replies as token ids, stop ids, versions.
+Arguments: the checkpoint, and the type that it must be of. Prints JSON: prompts and greedy replies as token ids, stop ids, versions.
 """
 
 import json
@@ -16,11 +16,11 @@ QUESTIONS = [
     "Rewrite politely: give me the report now.",
 ]
 
-folder = sys.argv[1]
+folder, dtype = sys.argv[1:]
 torch.set_num_threads(2)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 auto = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-assert auto.dtype == torch.bfloat16, auto.dtype
+assert auto.dtype == getattr(torch, dtype), auto.dtype
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 stop = model.generation_config.eos_token_id
 prompts, greedy = [], []
