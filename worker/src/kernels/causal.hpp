@@ -177,10 +177,16 @@ INLINE void widen(const T* from, int64_t width, float scale, float* to) {
   for (int64_t d = 0; d < width; ++d) to[d] = static_cast<float>(from[d]) * scale;
 }
 
+// `from`, padded, is in the order of two vectors: the last ones are stored whole, and cut then.
 template <typename T>
 INLINE void narrow(const float* from, int64_t width, T* to) {
-  const auto two = [](const float* from, T* to) INLINED { store_two(load_two(from), to); };
-  by_twos(width, two, from, to);
+  int64_t d = 0;
+  for (; d + PAIRED <= width; d += PAIRED) store_two(load_two(from + d), to + d);
+  if (d < width) {
+    T rest[PAIRED];
+    store_two(load_two(from + d), rest);
+    std::copy_n(rest, width - d, to + d);
+  }
 }
 
 // A call of `causal_attention`.

@@ -10,9 +10,14 @@
 namespace drift {
 
 struct Summary {
-  // The largest score, and logs of the sums of e^score and of e^(score / temperature).
-  float best, log_sum, log_sum_tempered;
+  // The largest score, and sums of e^(score - best) and of e^((score - best) / temperature).
+  float best;
+  double plain, tempered;
 };
+
+// Elements whose exponentials are summed in fp32 before fp64 takes over: top-p looks at sums
+// closely, and those of a whole vocabulary would be off by a few millionths.
+constexpr int64_t SUMMED = 32 * PAIRED;
 
 template <typename T>
 INLINE Summary summarise(const T* scores, int64_t count, float temperature) {
@@ -26,21 +31,28 @@ INLINE Summary summarise(const T* scores, int64_t count, float temperature) {
   for (int64_t at = whole; at < count; ++at) {
     best = std::max(best, static_cast<float>(scores[at]));
   }
-  Floats plain = {}, tempered = {};
+  // 1 / temperature in two parts: the first alone would be off alike for all scores.
   const float inverse = 1.0f / temperature;
-  for (int64_t at = 0; at < whole; at += PAIRED) {
-    const Two x = load_two(scores + at);
-    const Floats first = x.first - best, second = x.second - best;
-    plain += exp(first) + exp(second);
-    tempered += exp(first * inverse) + exp(second * inverse);
+  const float rest = static_cast<float>(1.0 / temperature - inverse);
+  double sums[2] = {};
+  for (int64_t begin = 0; begin < whole; begin += SUMMED) {
+    const int64_t end = std::min(begin + SUMMED, whole);
+    Floats plain = {}, tempered = {};
+    for (int64_t at = begin; at < end; at += PAIRED) {
+      const Two x = load_two(scores + at);
+      const Floats first = x.first - best, second = x.second - best;
+      plain += exp(first) + exp(second);
+      tempered += exp(first * inverse + first * rest) + exp(second * inverse + second * rest);
+    }
+    sums[0] += sum(plain);
+    sums[1] += sum(tempered);
   }
-  float sums[2] = {sum(plain), sum(tempered)};
   for (int64_t at = whole; at < count; ++at) {
-    const float below = static_cast<float>(scores[at]) - best;
+    const double below = static_cast<double>(scores[at]) - best;
     sums[0] += std::exp(below);
-    sums[1] += std::exp(below * inverse);
+    sums[1] += std::exp(below / temperature);
   }
-  return {best, best + std::log(sums[0]), best * inverse + std::log(sums[1])};
+  return {best, sums[0], sums[1]};
 }
 
 struct Leader {
@@ -82,9 +94,9 @@ CLONES Summary lead_some(const c10::BFloat16* scores, int64_t count, float tempe
   return summary;
 }
 
-// Of each row of `scores` [rows, vocab]: [rows, 4], fp32, with the best over the temperature, the
-// logs of the sums of e^score and of e^(score / temperature), and how many lead, those less than
-// `depth` below the best over the temperature. These leaders, row after row, each with its id
+// Of each row of `scores` [rows, vocab]: [rows, 4], fp32, with the best, the logs of the sums of
+// e^score and of e^((score - best) / temperature), and how many lead, those less than `depth`
+// below the best over the temperature. These leaders, row after row, each with its id
 // (fp32 holds every one below 2^24) and its score over the temperature: [n, 2].
 std::tuple<at::Tensor, at::Tensor> leaders(const at::Tensor& scores, double temperature,
                                            double depth) {
@@ -100,9 +112,9 @@ std::tuple<at::Tensor, at::Tensor> leaders(const at::Tensor& scores, double temp
       for (int64_t row = begin; row < end; ++row) {
         const Summary summary = lead_some(from[row], vocab, static_cast<float>(temperature),
                                           static_cast<float>(depth), found[row]);
-        to[4 * row] = summary.best / static_cast<float>(temperature);
-        to[4 * row + 1] = summary.log_sum;
-        to[4 * row + 2] = summary.log_sum_tempered;
+        to[4 * row] = summary.best;
+        to[4 * row + 1] = static_cast<float>(summary.best + std::log(summary.plain));
+        to[4 * row + 2] = static_cast<float>(std::log(summary.tempered));
         to[4 * row + 3] = static_cast<float>(found[row].size());
       }
     });

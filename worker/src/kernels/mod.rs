@@ -170,9 +170,9 @@ pub(crate) fn causal_attention(
     tensor(call("causal_attention", &arguments)?)
 }
 
-/// Of each row of `scores`, `[rows, vocab]`: the best over the temperature, the logs of the sums
-/// of e^score and of e^(score / temperature), and how many lead, being less than `depth` below
-/// the best over the temperature: `[rows, 4]`, fp32. These leaders, row after row, each with its
+/// Of each row of `scores`, `[rows, vocab]`: the best, the logs of the sums of e^score and of
+/// e^((score − best) / temperature), and how many lead, being less than `depth` below the best
+/// over the temperature: `[rows, 4]`, fp32. These leaders, row after row, each with its
 /// id and its score over the temperature: `[n, 2]`, fp32.
 pub(crate) fn leaders(
     scores: &Tensor,

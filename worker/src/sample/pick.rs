@@ -183,7 +183,10 @@ fn settle<'a, T: Default>(
     let mut leaders = leaders.chunks_exact(2).map(leader);
     let mut settled = Vec::with_capacity(draws.len());
     for ((row, summary), draw) in (0..).zip(summaries.chunks_exact(4)).zip(draws) {
-        let (best, log_normaliser) = (summary[0], f64::from(finite(summary[2])?));
+        // In fp64: a rounding of the normaliser's would be one of all probabilities.
+        let log_sum = f64::from(finite(summary[2])?);
+        let log_normaliser = f64::from(summary[0]) / f64::from(temperature as f32) + log_sum;
+        let best = summary[0] / temperature as f32;
         let cut = Cut { params, log_normaliser, uniform: draw.uniform };
         let near = leaders.by_ref().take(summary[3] as usize).collect();
         let found = match by(&cut, near, false) {
