@@ -40,7 +40,10 @@ INLINE Summary summarise(const T* scores, int64_t count, float temperature) {
     Floats plain = {}, tempered = {};
     for (int64_t at = begin; at < end; at += PAIRED) {
       const Two x = load_two(scores + at);
-      const Floats first = x.first - best, second = x.second - best;
+      // What cannot be drawn, at -inf, must stay a number when multiplied by both parts.
+      const Floats lowest = all(-1e30f);
+      const Floats first = larger(lowest, x.first - best);
+      const Floats second = larger(lowest, x.second - best);
       plain += exp(first) + exp(second);
       tempered += exp(first * inverse + first * rest) + exp(second * inverse + second * rest);
     }
