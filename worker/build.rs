@@ -155,6 +155,7 @@ fn compile_kernels(torch: &Path) -> Result<(), String> {
         .debug(false)
         // libtorch's threads are OpenMP's.
         .flag("-fopenmp")
+        // A square root is then one instruction.
         .flag("-fno-math-errno")
         // Vectors never cross a function that is compiled by itself.
         .flag_if_supported("-Wno-psabi")

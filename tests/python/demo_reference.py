@@ -1,6 +1,7 @@
 """Loads a published checkpoint as a user would, and answers greedily.
 
-Arguments: the checkpoint, and the type that it must be of. Prints JSON: prompts and greedy replies as token ids, stop ids, versions.
+Arguments: the checkpoint, and the type that it must be of. Prints JSON: prompts and
+greedy replies as token ids, stop ids, versions.
 """
 
 import json

@@ -94,7 +94,9 @@ impl Optimizer {
                 rule.apply_at_once(&gradient, &moments, &values, rounded)?;
             } else {
                 rule.apply(&gradient, &mut moments, &mut values)?;
-                rounded.map(|rounded| rounded.shallow_clone().f_copy_(&values)).transpose()?;
+                if let Some(rounded) = rounded {
+                    rounded.shallow_clone().f_copy_(&values)?;
+                }
             }
         }
         Ok(())
