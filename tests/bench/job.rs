@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use drift_worker::train::{
     Algorithm, EngineSettings, LARGEST_PIECE, MicroBatch, Objective, OptimizerSettings,
-    PreferenceLoss, TokenPair, TrainStep, TrainingSettings,
+    PreferenceLoss, ReduceKind, Sharding, TokenPair, TrainStep, TrainingSettings,
 };
 use serde::{Deserialize, Serialize};
 
@@ -81,7 +81,7 @@ impl Default for Recipe {
 }
 
 impl Recipe {
-    /// As our engine is told it.
+    /// As our engine is told it, for a worker that is alone.
     pub(crate) fn settings(&self, engine: &EngineOptions) -> TrainingSettings {
         let Self { beta, max_grad_norm, alpha, epsilon, .. } = *self;
         TrainingSettings {
@@ -92,8 +92,8 @@ impl Recipe {
             },
             engine: EngineSettings {
                 recompute: engine.recompute.into(),
-                sharding: engine.sharding.into(),
-                reduce: engine.reduce.into(),
+                sharding: Sharding::None,
+                reduce: ReduceKind::Float,
                 largest_piece: LARGEST_PIECE,
             },
         }

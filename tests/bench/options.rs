@@ -130,7 +130,7 @@ pub(crate) struct ScalingOptions {
     #[arg(long, value_enum, default_value_t = Mix::Even)]
     pub(crate) mix: Mix,
 
-    /// Runs of one worker, and of two; medians are over these.
+    /// Runs of one worker, and of two with each sharding; medians are over these.
     #[arg(long, default_value_t = 3, value_parser = positive)]
     pub(crate) rounds: usize,
 
@@ -146,6 +146,15 @@ pub(crate) struct ScalingOptions {
     #[arg(long, default_value_t = 2, value_parser = positive)]
     pub(crate) steps: usize,
 
+    /// What each of two workers holds of gradients, masters and optimiser state; may be
+    /// given several times [default: each].
+    #[arg(long = "sharding", value_enum, value_name = "SHARDING")]
+    shardings: Vec<Sharding>,
+
+    /// In what kind the workers sum gradients.
+    #[arg(long, value_enum, default_value_t = Reduce::F32)]
+    pub(crate) reduce: Reduce,
+
     #[command(flatten)]
     pub(crate) engine: EngineOptions,
 
@@ -158,6 +167,12 @@ pub(crate) struct ScalingOptions {
         long, default_value_os_t = output("scaling"), value_name = "FILE", hide_default_value = true
     )]
     pub(crate) output: PathBuf,
+}
+
+impl ScalingOptions {
+    pub(crate) fn shardings(&self) -> &[Sharding] {
+        if self.shardings.is_empty() { Sharding::value_variants() } else { &self.shardings }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -250,14 +265,6 @@ pub(crate) struct EngineOptions {
     /// everything but its input, and a number of MiB as much as needed to stay within.
     #[arg(long, default_value = "none", value_name = "none|all|MIB")]
     pub(crate) recompute: Recompute,
-
-    /// What each of our workers holds of gradients, masters and optimiser state.
-    #[arg(long, value_enum, default_value_t = Sharding::None)]
-    pub(crate) sharding: Sharding,
-
-    /// In what kind our workers sum gradients.
-    #[arg(long, value_enum, default_value_t = Reduce::F32)]
-    pub(crate) reduce: Reduce,
 }
 
 /// As [`drift_worker::train::Sharding`].
@@ -266,6 +273,15 @@ pub(crate) struct EngineOptions {
 pub(crate) enum Sharding {
     None,
     Zero2,
+}
+
+impl Sharding {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Zero2 => "zero2",
+        }
+    }
 }
 
 /// As [`drift_worker::train::ReduceKind`].

@@ -10,14 +10,14 @@ use drift_worker::collective::{ProcessGroup, Store};
 use drift_worker::model::{Decoder, ModelConfig};
 use drift_worker::train::{TokenPair, Trainer};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Map, json};
 use tch::{Device, Kind};
 
 use crate::floor::{Rate, RateJob};
 use crate::job::{Ids, Recipe, passes, token_pairs, train_step};
 use crate::machine::{self, peak_bytes};
 use crate::mix::{responses, tokens};
-use crate::options::{DType, EngineOptions, ScalingOptions};
+use crate::options::{DType, EngineOptions, Reduce, ScalingOptions, Sharding};
 use crate::ours::score;
 use crate::process::{Running, start_ours};
 use crate::report::{median, table, write};
@@ -42,6 +42,8 @@ pub(crate) struct RankJob {
     steps: usize,
     recipe: Recipe,
     engine: EngineOptions,
+    sharding: Sharding,
+    reduce: Reduce,
     /// Where the trace of the timed steps goes.
     trace: Option<PathBuf>,
 }
@@ -60,25 +62,73 @@ pub(crate) struct RankRun {
     peak_bytes: u64,
 }
 
+/// What several workers came to.
+struct Scaled {
+    sharding: Sharding,
+    /// One run for each round, of one figure for each rank.
+    runs: Vec<Vec<RankRun>>,
+}
+
 pub(crate) fn run(options: &ScalingOptions) -> Result<()> {
     let config = ModelConfig::read(&options.model)?;
     let pairs = options.mix.pairs(options.pairs, config.vocab_size);
-    let (mut one, mut two, mut ceilings) = (Vec::new(), Vec::new(), Vec::new());
-    for round in 0..options.rounds {
+    let (mut ceilings, mut one) = (Vec::new(), Vec::new());
+    let scaled = |&sharding| Scaled { sharding, runs: Vec::new() };
+    let mut two: Vec<Scaled> = options.shardings().iter().map(scaled).collect();
+    for round in 1..=options.rounds {
+        let tell = |workers: &str, run: &[RankRun]| {
+            eprintln!("{round}/{}: {workers}: {}", options.rounds, told(run));
+        };
         ceilings.push(ceiling(options, &pairs)?);
-        for (world_size, runs) in [(1, &mut one), (2, &mut two)] {
-            let run = measure(options, &pairs, world_size)?;
-            eprintln!("{}/{}: {}", round + 1, options.rounds, told(&run));
+        // Nothing is sharded over one.
+        let run = measure(options, &pairs, 1, Sharding::None)?;
+        tell("one worker", &run);
+        one.push(run);
+        for Scaled { sharding, runs } in &mut two {
+            let run = measure(options, &pairs, 2, *sharding)?;
+            tell(&format!("two, {}", sharding.name()), &run);
             runs.push(run);
         }
     }
+    let ceiling = median(ceilings.into_iter()).unwrap_or(f64::NAN);
+    report(options, ceiling, &one, &two)
+}
+
+/// Prints the medians, and writes everything to a file.
+fn report(
+    options: &ScalingOptions,
+    ceiling: f64,
+    one: &[Vec<RankRun>],
+    two: &[Scaled],
+) -> Result<()> {
     let step_seconds = |runs: &[Vec<RankRun>]| {
         median(runs.iter().map(|run| seconds(run) / options.steps as f64)).unwrap_or(f64::NAN)
     };
-    let (one_step, two_step) = (step_seconds(&one), step_seconds(&two));
-    let speed_up = one_step / two_step;
-    let ceiling = median(ceilings.iter().copied()).unwrap_or(f64::NAN);
-    let hidden = median(two.iter().filter_map(|run| hidden_share(run)));
+    let one_step = step_seconds(one);
+    let row = |workers: &str, sharding: &str, seconds: f64, hidden: Option<f64>| {
+        [
+            workers.to_owned(),
+            sharding.to_owned(),
+            format!("{seconds:.2}"),
+            format!("{:.3}", options.pairs as f64 / seconds),
+            format!("{:.2}", one_step / seconds),
+            hidden.map_or_else(String::new, |share| format!("{:.0} %", 100.0 * share)),
+        ]
+    };
+    let mut rows = vec![row("1", "", one_step, None)];
+    let mut two_workers = Map::new();
+    for Scaled { sharding, runs } in two {
+        let step = step_seconds(runs);
+        let hidden = median(runs.iter().filter_map(|run| hidden_share(run)));
+        rows.push(row("2", sharding.name(), step, hidden));
+        let figures = json!({
+            "step_seconds": step,
+            "speed_up": one_step / step,
+            "hidden_reduction_share": hidden,
+            "runs": runs,
+        });
+        two_workers.insert(sharding.name().to_owned(), figures);
+    }
     let figures = json!({
         "benchmark": "scaling",
         "date": jiff::Timestamp::now().to_string(),
@@ -86,32 +136,23 @@ pub(crate) fn run(options: &ScalingOptions) -> Result<()> {
         "mix": options.mix.name(),
         "global_pairs": options.pairs,
         "micro_batch": options.micro_batch,
+        "reduce": options.reduce,
         "engine": options.engine,
-        "speed_up": speed_up,
         "speed_up_of_products_alone": ceiling,
-        "hidden_reduction_share": hidden,
         "one_worker": {"step_seconds": one_step, "runs": one},
-        "two_workers": {"step_seconds": two_step, "runs": two},
+        "two_workers": two_workers,
     });
     write(&options.output, &figures)?;
-    let row = |workers: &str, seconds: f64| {
-        let pairs_per_s = options.pairs as f64 / seconds;
-        let mix = options.mix.name().to_owned();
-        [workers.to_owned(), mix, format!("{seconds:.2}"), format!("{pairs_per_s:.3}")]
-    };
-    let rows = [row("1", one_step), row("2", two_step)];
-    println!("\n{}", table(&["workers", "mix", "s/step", "pairs/s"], &rows));
+    let head = ["workers", "sharding", "s/step", "pairs/s", "speed-up", "sums hidden"];
+    println!("\n{}", table(&head, &rows));
     println!(
-        "\nspeed-up {speed_up:.2}; of two processes that only multiply matrices {ceiling:.2}; of the time that gradients take to be summed, {}",
-        hidden.map_or_else(
-            || "nothing is known: the engine did not measure it".to_owned(),
-            |share| format!("{:.0} % is hidden", 100.0 * share)
-        )
+        "\nmix {}; two processes that only multiply matrices: {ceiling:.2} times one",
+        options.mix.name()
     );
     println!("written to {}", options.output.display());
     println!(
-        "the last round's steps of two workers, for https://ui.perfetto.dev: {} and its neighbour",
-        trace_file(options, 0).display()
+        "the last round's steps of two workers, for https://ui.perfetto.dev: {}",
+        options.output.with_file_name("scaling-trace-*.json").display()
     );
     Ok(())
 }
@@ -138,12 +179,17 @@ fn ceiling(options: &ScalingOptions, pairs: &[TokenPair]) -> Result<f64> {
 }
 
 /// Where a rank's trace goes: beside the figures.
-fn trace_file(options: &ScalingOptions, rank: usize) -> PathBuf {
-    options.output.with_file_name(format!("scaling-trace-{rank}.json"))
+fn trace_file(options: &ScalingOptions, sharding: Sharding, rank: usize) -> PathBuf {
+    options.output.with_file_name(format!("scaling-trace-{}-{rank}.json", sharding.name()))
 }
 
 /// One run of `world_size` workers, all of it with one thread each.
-fn measure(options: &ScalingOptions, pairs: &[TokenPair], world_size: u32) -> Result<Vec<RankRun>> {
+fn measure(
+    options: &ScalingOptions,
+    pairs: &[TokenPair],
+    world_size: u32,
+    sharding: Sharding,
+) -> Result<Vec<RankRun>> {
     // The store outlives the ranks that meet at it.
     let (_store, port) = Store::listen(HOST)?;
     let start = |(rank, share): (usize, Vec<TokenPair>)| {
@@ -158,7 +204,9 @@ fn measure(options: &ScalingOptions, pairs: &[TokenPair], world_size: u32) -> Re
             steps: options.steps,
             recipe: Recipe::default(),
             engine: options.engine.clone(),
-            trace: (world_size > 1).then(|| trace_file(options, rank)),
+            sharding,
+            reduce: options.reduce,
+            trace: (world_size > 1).then(|| trace_file(options, sharding, rank)),
         };
         start_ours("run-rank", &job)
     };
@@ -203,7 +251,10 @@ pub(crate) fn run_rank(job: &RankJob) -> Result<RankRun> {
         .transpose()?;
     let mut trainer = Trainer::new(Decoder::load(&job.model, Kind::BFloat16, Device::Cpu)?);
     let mut pairs = token_pairs(&job.pairs);
-    trainer.begin(recipe.settings(engine), group.as_ref())?;
+    let mut settings = recipe.settings(engine);
+    settings.engine.sharding = job.sharding.into();
+    settings.engine.reduce = job.reduce.into();
+    trainer.begin(settings, group.as_ref())?;
     score(&trainer, &mut pairs, job.micro_batch, engine.max_tokens)?;
 
     let passes = passes(&pairs, job.micro_batch, engine.max_tokens);
@@ -266,7 +317,7 @@ fn told(run: &[RankRun]) -> String {
             format!("{seconds:.2} s (reductions {busy:.2} s, {exposed:.2} s of them waited for)")
         })
         .collect();
-    format!("{} worker(s): {}", run.len(), ranks.join(", "))
+    ranks.join(", ")
 }
 
 #[cfg(test)]

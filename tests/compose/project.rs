@@ -14,6 +14,9 @@ use crate::bed::root;
 /// Longer than `launch.heartbeat_deadline`.
 const SILENCE: Duration = Duration::from_secs(8);
 
+/// How long a pause is tried for.
+const FREEZING: Duration = Duration::from_secs(10);
+
 /// What happens to a service.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Fault {
@@ -98,10 +101,7 @@ impl Project {
                 told(docker(&["start", &id]))?;
             }
             Fault::Pause(service) => {
-                let id = self.container(service)?;
-                told(docker(&["pause", &id]))?;
-                std::thread::sleep(SILENCE);
-                told(docker(&["unpause", &id]))?;
+                self.paused(service, || std::thread::sleep(SILENCE))?;
             }
             Fault::Cut(service) => {
                 let id = self.container(service)?;
@@ -112,6 +112,24 @@ impl Project {
             }
         }
         Ok(())
+    }
+
+    /// What `during` comes to while a service is frozen.
+    ///
+    /// On cgroup v1 a pause fails if a thread cannot be frozen at once, in the middle of a
+    /// page fault for instance; the container then runs on, and the pause is tried again.
+    pub(crate) fn paused<T>(&self, service: &str, during: impl FnOnce() -> T) -> Result<T> {
+        let id = self.container(service)?;
+        let deadline = Instant::now() + FREEZING;
+        while let Err(why) = told(docker(&["pause", &id])) {
+            if Instant::now() > deadline || !format!("{why:#}").contains("unable to freeze") {
+                return Err(why);
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        let came = during();
+        told(docker(&["unpause", &id]))?;
+        Ok(came)
     }
 
     /// Waits for a service's container to end for good, and returns its status.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::bed::root;
-use crate::project::{Project, docker, told};
+use crate::project::{Project, told};
 
 /// `launch.heartbeat_deadline`.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -61,13 +61,11 @@ pub(crate) fn metrics_are_accepted(project: &Project) -> Result<()> {
 pub(crate) fn a_paused_peer_makes_unready(project: &Project, a: &str, b: &str) -> Result<()> {
     for (paused, other) in [(a, b), (b, a)] {
         becomes(project, other, 200, PATIENCE)?;
-        let id = project.container(paused)?;
-        told(docker(&["pause", &id]))?;
-        let began = Instant::now();
-        let unready = becomes(project, other, 503, DEADLINE);
-        let took = began.elapsed();
-        let alive = project.get(other, "/healthz");
-        told(docker(&["unpause", &id]))?;
+        let (unready, took, alive) = project.paused(paused, || {
+            let began = Instant::now();
+            let unready = becomes(project, other, 503, DEADLINE);
+            (unready, began.elapsed(), project.get(other, "/healthz"))
+        })?;
         let why = unready.with_context(|| format!("{paused} is paused"))?;
         ensure!(alive?.0 == 200, "{other} is taken for dead while {paused} is paused");
         println!("  {paused} paused: {other} unready after {took:.1?}: {}", why.trim());
