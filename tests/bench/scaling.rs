@@ -65,7 +65,7 @@ pub(crate) struct RankRun {
 /// What several workers came to.
 struct Scaled {
     sharding: Sharding,
-    /// One run for each round, of one figure for each rank.
+    /// One for each round: what each rank measured.
     runs: Vec<Vec<RankRun>>,
 }
 
