@@ -105,22 +105,24 @@ fn report(
         median(runs.iter().map(|run| seconds(run) / options.steps as f64)).unwrap_or(f64::NAN)
     };
     let one_step = step_seconds(one);
-    let row = |workers: &str, sharding: &str, seconds: f64, hidden: Option<f64>| {
+    let row = |workers: &str, sharding: &str, seconds: f64, hidden: String| {
         [
             workers.to_owned(),
             sharding.to_owned(),
             format!("{seconds:.2}"),
             format!("{:.3}", options.pairs as f64 / seconds),
             format!("{:.2}", one_step / seconds),
-            hidden.map_or_else(String::new, |share| format!("{:.0} %", 100.0 * share)),
+            hidden,
         ]
     };
-    let mut rows = vec![row("1", "", one_step, None)];
+    let mut rows = vec![row("1", "", one_step, String::new())];
     let mut two_workers = Map::new();
     for Scaled { sharding, runs } in two {
         let step = step_seconds(runs);
         let hidden = median(runs.iter().filter_map(|run| hidden_share(run)));
-        rows.push(row("2", sharding.name(), step, hidden));
+        let shown = hidden
+            .map_or_else(|| "not measured".to_owned(), |share| format!("{:.0} %", 100.0 * share));
+        rows.push(row("2", sharding.name(), step, shown));
         let figures = json!({
             "step_seconds": step,
             "speed_up": one_step / step,

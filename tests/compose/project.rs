@@ -116,8 +116,8 @@ impl Project {
 
     /// What `during` comes to while a service is frozen.
     ///
-    /// On cgroup v1 a pause fails if a thread cannot be frozen at once, in the middle of a
-    /// page fault for instance; the container then runs on, and the pause is tried again.
+    /// On cgroup v1 freezing is "a game of chances" (runc's pull request 2791): where it is
+    /// lost, runc lets the container run on, and to try again is its caller's work.
     pub(crate) fn paused<T>(&self, service: &str, during: impl FnOnce() -> T) -> Result<T> {
         let id = self.container(service)?;
         let deadline = Instant::now() + FREEZING;
