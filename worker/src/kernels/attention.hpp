@@ -4,19 +4,18 @@
 // token's head of keys is a piece of work by itself: what comes out does not depend on what
 // else is computed, or by how many threads.
 
-#pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "simd.hpp"
-#include "tensors.hpp"
 
-namespace drift {
+namespace drift::LEVEL {
 
 // Heads that go through keys and values together: more would not fit into registers.
 constexpr int64_t TOGETHER = 4;
+// And pairs of vectors of what they get.
+constexpr int64_t TWOS = REGISTERS / 16;
 
 // What a token sees of one head.
 template <typename T>
@@ -29,8 +28,8 @@ struct Sight {
   // Tokens of a page, elements of a head, and of all heads of a page.
   int64_t page, width, stride;
 
-  // Calls `visit` for 16 tokens in sight after another, or as many as their page has: which they
-  // are of those in sight, how many, where `all_of` (keys or values) has the first, and where it
+  // Calls `visit` for as many tokens in sight as lanes after another, or as their page has: which
+  // they are of those in sight, how many, where `all_of` (keys or values) has the first, and where it
   // has those that stand a page further.
   template <typename Visit>
   INLINE void each(const T* all_of, Visit visit) const {
@@ -56,16 +55,16 @@ struct Sight {
   }
 };
 
-// `TWOS` times two vectors of the values from element `first` on, by `scores` over `total`.
-template <int64_t HEADS, int64_t TWOS, typename T>
+// `PAIRS` times two vectors of the values from element `first` on, by `scores` over `total`.
+template <int64_t HEADS, int64_t PAIRS, typename T>
 INLINE void weigh(const Sight<T>& sight, const float* scores, int64_t line, const float* total,
                   int64_t first, T* out) {
-  Two sum[HEADS][TWOS] = {};
+  Two sum[HEADS][PAIRS] = {};
   sight.each(sight.values, [&](int64_t at, int64_t count, const T* here, const T* next) INLINED {
     for (int64_t token = 0; token < count; ++token) {
       const T* value = here + token * sight.width + first;
-      sight.fetch(next + token * sight.width);
-      for (int64_t two = 0; two < TWOS; ++two) {
+      if (first == 0) sight.fetch(next + token * sight.width);
+      for (int64_t two = 0; two < PAIRS; ++two) {
         const Two x = load_two(value + two * PAIRED);
         for (int64_t h = 0; h < HEADS; ++h) {
           const float weight = scores[h * line + at + token];
@@ -76,7 +75,7 @@ INLINE void weigh(const Sight<T>& sight, const float* scores, int64_t line, cons
     }
   });
   for (int64_t h = 0; h < HEADS; ++h) {
-    for (int64_t two = 0; two < TWOS; ++two) {
+    for (int64_t two = 0; two < PAIRS; ++two) {
       const Two x = sum[h][two];
       store_two({x.first / total[h], x.second / total[h]},
                 out + h * sight.width + first + two * PAIRED);
@@ -86,7 +85,7 @@ INLINE void weigh(const Sight<T>& sight, const float* scores, int64_t line, cons
 
 // What `HEADS` queries (fp32, scaled, one after another) get of what is in sight, and the log of
 // the softmax's denominator. `scores` has room for as many lines of `line`: what is in sight,
-// and 32 more.
+// and two vectors more.
 template <int64_t HEADS, typename T>
 INLINE void attend(const Sight<T>& sight, const float* queries, float* scores, int64_t line,
                    T* out, float* log_sums) {
@@ -117,10 +116,9 @@ INLINE void attend(const Sight<T>& sight, const float* queries, float* scores, i
         }
       }
     }
-    const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int64_t h = 0; h < HEADS; ++h) {
       const Floats all_of = sums(partial[h]);
-      const Floats score = lanes < static_cast<int32_t>(count) ? all_of : all(NOTHING);
+      const Floats score = IN_ORDER < static_cast<int32_t>(count) ? all_of : all(NOTHING);
       most[h] = larger(most[h], score);
       store(score, scores + h * line + at);
     }
@@ -141,8 +139,8 @@ INLINE void attend(const Sight<T>& sight, const float* queries, float* scores, i
   }
 
   int64_t first = 0;
-  for (; first + 2 * PAIRED <= width; first += 2 * PAIRED) {
-    weigh<HEADS, 2>(sight, scores, line, total, first, out);
+  for (; first + TWOS * PAIRED <= width; first += TWOS * PAIRED) {
+    weigh<HEADS, TWOS>(sight, scores, line, total, first, out);
   }
   for (; first < whole; first += PAIRED) weigh<HEADS, 1>(sight, scores, line, total, first, out);
   for (; first < width; ++first) {
@@ -192,17 +190,6 @@ INLINE void attend_group(const Sight<T>& sight, const T* queries, int64_t heads,
   }
 }
 
-CLONES void attend_some(const Sight<float>& sight, const float* queries, int64_t heads,
-                        float scale, Room& room, float* out, float* log_sums) {
-  attend_group(sight, queries, heads, scale, room, out, log_sums);
-}
-
-CLONES void attend_some(const Sight<c10::BFloat16>& sight, const c10::BFloat16* queries,
-                        int64_t heads, float scale, Room& room, c10::BFloat16* out,
-                        float* log_sums) {
-  attend_group(sight, queries, heads, scale, room, out, log_sums);
-}
-
 template <typename T>
 void run(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values,
          const at::Tensor& tables, const at::Tensor& sights, double scale, at::Tensor& out,
@@ -230,9 +217,9 @@ void run(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& va
                                 width,
                                 kv_heads * page * width};
         const int64_t first = token * heads + head * group;
-        attend_some(sight, query, group, static_cast<float>(scale), room,
-                    out.mutable_data_ptr<T>() + first * width,
-                    log_sums.mutable_data_ptr<float>() + first);
+        attend_group(sight, query, group, static_cast<float>(scale), room,
+                     out.mutable_data_ptr<T>() + first * width,
+                     log_sums.mutable_data_ptr<float>() + first);
       }
     }
   });
@@ -282,4 +269,4 @@ std::tuple<at::Tensor, at::Tensor> paged_attention(const at::Tensor& queries,
   return {out, log_sums};
 }
 
-}  // namespace drift
+}  // namespace drift::LEVEL

@@ -2,31 +2,27 @@
 //
 // Queries go in blocks, of a few tokens and all heads that share keys: their scores for all keys
 // that they see, the softmax of them, and the values by these weights, all in fp32. Keys and
-// values are laid out for it once, as fp32 too: keys of 16 tokens side by side, so that a vector
+// values are laid out for it once, as fp32 too: keys of as many tokens as lanes side by side, so that a vector
 // holds one element of each.
-#pragma once
 
 #include <cmath>
 #include <vector>
 
-#include "simd.hpp"
-#include "tensors.hpp"
 
-namespace drift {
+namespace drift::LEVEL {
 
-// Rows of a product's tile, as many as registers hold: of scores, and of what is attended, which
-// are half as many.
+// Rows of a product's tile: of scores, and of what is attended, which are half as many.
 constexpr int64_t SCORE_ROWS = 12;
 constexpr int64_t OUT_ROWS = SCORE_ROWS / 2;
-// Elements of what is attended that go together.
-constexpr int64_t OUT_WIDTH = 64;
+// Vectors of what is attended that go together, as many as registers hold.
+constexpr int64_t OUT_VECTORS = REGISTERS / 8;
 // Tokens of a block at most, and bytes of its scores if there are so many: a core's cache.
 constexpr int64_t BLOCK_TOKENS = 16;
 constexpr int64_t BLOCK_BYTES = 384 << 10;
 
 INLINE int64_t up_to(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-// One head's keys and values, fp32: [tokens / 16, width, 16] and [tokens, width], with zeros behind
+// One head's keys and values, fp32: [tokens / LANES, width, LANES] and [tokens, width], with zeros behind
 // the last token and element.
 struct Packed {
   const float* keys;
@@ -50,7 +46,7 @@ INLINE void pack_token(const T* key, const T* value, int64_t token, int64_t widt
   }
 }
 
-// `SCORE_ROWS` queries by the keys of 16 tokens.
+// `SCORE_ROWS` queries by the keys of as many tokens as lanes.
 INLINE void score(const float* queries, const float* keys, int64_t width, float* scores,
                   int64_t line) {
   Floats sum[SCORE_ROWS] = {};
@@ -66,10 +62,9 @@ INLINE void score(const float* queries, const float* keys, int64_t width, float*
 // Of `scores`, [0, count), those in [first, end) to weights, the others to 0; the log of their sum,
 // and the sum.
 INLINE float soften(float* scores, int64_t count, int64_t first, int64_t end, float* log_sum) {
-  const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   Floats most = all(NOTHING);
   for (int64_t at = 0; at < count; at += LANES) {
-    const Ints place = lanes + static_cast<int32_t>(at);
+    const Ints place = IN_ORDER + static_cast<int32_t>(at);
     const Ints seen = (place >= static_cast<int32_t>(first)) & (place < static_cast<int32_t>(end));
     const Floats x = seen ? load(scores + at) : all(NOTHING);
     most = larger(most, x);
@@ -157,8 +152,8 @@ INLINE void attend_block(const Causal& causal, int64_t query, int64_t tokens, co
   for (int64_t row = 0; row < rows; row += OUT_ROWS) {
     float* out = scratch.out.data() + row * width;
     int64_t d = 0;
-    for (; d + OUT_WIDTH <= width; d += OUT_WIDTH) {
-      weigh_values<4>(scores + row * line, line, values + d, width, count, out + d);
+    for (; d + OUT_VECTORS * LANES <= width; d += OUT_VECTORS * LANES) {
+      weigh_values<OUT_VECTORS>(scores + row * line, line, values + d, width, count, out + d);
     }
     for (; d < width; d += PAIRED) {
       weigh_values<2>(scores + row * line, line, values + d, width, count, out + d);
@@ -231,24 +226,6 @@ struct Call {
   }
 };
 
-CLONES void pack_some(const Call<float>& call, int64_t begin, int64_t end) {
-  call.pack(begin, end);
-}
-
-CLONES void pack_some(const Call<c10::BFloat16>& call, int64_t begin, int64_t end) {
-  call.pack(begin, end);
-}
-
-CLONES void attend_piece(const Call<float>& call, int64_t query, int64_t tokens, int64_t kv_head,
-                        Scratch& scratch) {
-  call.attend(query, tokens, kv_head, scratch);
-}
-
-CLONES void attend_piece(const Call<c10::BFloat16>& call, int64_t query, int64_t tokens,
-                        int64_t kv_head, Scratch& scratch) {
-  call.attend(query, tokens, kv_head, scratch);
-}
-
 // Queries [n, heads, head_dim], keys and values [m, kv_heads, head_dim] for m >= n: the queries are
 // the last n tokens'. Scores are multiplied by `scale`, and a query sees the last `window` keys up
 // to its own. What is attended goes to `out`, shaped as the queries; returned is the log of the
@@ -289,7 +266,7 @@ at::Tensor causal_attention(const at::Tensor& queries, const at::Tensor& keys,
                           packed_keys + kv_heads * line * padded,
                           log_sums.mutable_data_ptr<float>()};
     in_parallel(kv_heads * key_count, padded,
-                [&](int64_t begin, int64_t end) { pack_some(call, begin, end); });
+                [&](int64_t begin, int64_t end) { call.pack(begin, end); });
     const int64_t threads = at::get_num_threads();
     // In turn: later blocks see more.
     at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
@@ -297,7 +274,7 @@ at::Tensor causal_attention(const at::Tensor& queries, const at::Tensor& keys,
       for (int64_t thread = begin; thread < end; ++thread) {
         for (int64_t piece = thread; piece < blocks * kv_heads; piece += threads) {
           const int64_t query = piece / kv_heads * block;
-          attend_piece(call, query, std::min(block, count - query), piece % kv_heads, scratch);
+          call.attend(query, std::min(block, count - query), piece % kv_heads, scratch);
         }
       }
     });
@@ -305,4 +282,4 @@ at::Tensor causal_attention(const at::Tensor& queries, const at::Tensor& keys,
   return log_sums;
 }
 
-}  // namespace drift
+}  // namespace drift::LEVEL

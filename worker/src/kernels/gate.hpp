@@ -1,12 +1,9 @@
 // The MLP's gate: a = f(g) * u, f(g) = g s, where s is the logistic function of g (SiLU), or of
 // 2 sqrt(2 / pi) (g + 0.044715 g^3): that is GELU's approximation, as (1 + tanh(x)) / 2 is the
 // logistic function of 2 x.
-#pragma once
 
-#include "simd.hpp"
-#include "tensors.hpp"
 
-namespace drift {
+namespace drift::LEVEL {
 
 constexpr float SLOPE = 1.5957691216057308f;
 constexpr float CUBIC = 0.044715f;
@@ -37,22 +34,6 @@ INLINE void gate_row(const T* gate, const T* up, int64_t width, bool gelu, T* ou
   by_twos(width, two, gate, up, out);
 }
 
-CLONES void gate_some(const Rows<const float>& x, bool gelu, const Rows<float>& out, int64_t begin,
-                      int64_t end) {
-  const int64_t width = out.width();
-  for (int64_t row = begin; row < end; ++row) {
-    gate_row(x[row], x[row] + width, width, gelu, out[row]);
-  }
-}
-
-CLONES void gate_some(const Rows<const c10::BFloat16>& x, bool gelu,
-                      const Rows<c10::BFloat16>& out, int64_t begin, int64_t end) {
-  const int64_t width = out.width();
-  for (int64_t row = begin; row < end; ++row) {
-    gate_row(x[row], x[row] + width, width, gelu, out[row]);
-  }
-}
-
 // `gate_up` [rows, 2 * width], g and then u, to `out` [rows, width].
 void gated(const at::Tensor& gate_up, bool gelu, const at::Tensor& out) {
   TORCH_CHECK(gate_up.dim() == 2 && out.dim() == 2 && gate_up.size(0) == out.size(0) &&
@@ -62,7 +43,9 @@ void gated(const at::Tensor& gate_up, bool gelu, const at::Tensor& out) {
     const Rows<const T> from("gate_up", gate_up);
     const Rows<T> to("out", out);
     in_parallel(to.count(), to.width(), [&](int64_t begin, int64_t end) {
-      gate_some(from, gelu, to, begin, end);
+      for (int64_t row = begin; row < end; ++row) {
+        gate_row(from[row], from[row] + to.width(), to.width(), gelu, to[row]);
+      }
     });
   });
 }
@@ -82,23 +65,6 @@ INLINE void gate_backward_row(T* gate, T* up, const T* gradient, int64_t width, 
   by_twos(width, two, gate, up, gradient, activated);
 }
 
-CLONES void gate_backward_some(const Rows<float>& x, const Rows<const float>& gradient, bool gelu,
-                               const Rows<float>& activated, int64_t begin, int64_t end) {
-  const int64_t width = activated.width();
-  for (int64_t row = begin; row < end; ++row) {
-    gate_backward_row(x[row], x[row] + width, gradient[row], width, gelu, activated[row]);
-  }
-}
-
-CLONES void gate_backward_some(const Rows<c10::BFloat16>& x,
-                               const Rows<const c10::BFloat16>& gradient, bool gelu,
-                               const Rows<c10::BFloat16>& activated, int64_t begin, int64_t end) {
-  const int64_t width = activated.width();
-  for (int64_t row = begin; row < end; ++row) {
-    gate_backward_row(x[row], x[row] + width, gradient[row], width, gelu, activated[row]);
-  }
-}
-
 void gated_backward(const at::Tensor& gate_up, const at::Tensor& gradient, bool gelu,
                     const at::Tensor& activated) {
   TORCH_CHECK(gate_up.dim() == 2 && gradient.dim() == 2 && gate_up.size(0) == gradient.size(0) &&
@@ -110,9 +76,11 @@ void gated_backward(const at::Tensor& gate_up, const at::Tensor& gradient, bool 
     const Rows<T> x("gate_up", gate_up), to("activated", activated);
     const Rows<const T> by("gradient", gradient);
     in_parallel(to.count(), to.width(), [&](int64_t begin, int64_t end) {
-      gate_backward_some(x, by, gelu, to, begin, end);
+      for (int64_t row = begin; row < end; ++row) {
+        gate_backward_row(x[row], x[row] + to.width(), by[row], to.width(), gelu, to[row]);
+      }
     });
   });
 }
 
-}  // namespace drift
+}  // namespace drift::LEVEL

@@ -1,21 +1,71 @@
-// The kernels as operators of libtorch's.
+// The kernels as operators of libtorch's: each for the least processors, and on x86 for two levels
+// above them, of which the program takes the highest that the processor has.
 
 #include <torch/library.h>
 
-#include "attention.hpp"
-#include "causal.hpp"
-#include "gate.hpp"
-#include "leaders.hpp"
-#include "norm.hpp"
-#include "optimizer.hpp"
-#include "rotary.hpp"
-#include "softmax.hpp"
+#include <tuple>
+
+#include "tensors.hpp"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
+// A function becomes part of who calls it.
+#define INLINE inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))
+
+// First, so that what they include is compiled for all processors.
+#define LEVEL least
+#define VECTOR 16
+#if defined(__aarch64__)
+#define REGISTERS 32
+#else
+#define REGISTERS 16
+#endif
+#include "all.hpp"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define HAS_LEVELS
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi,bmi2")
+#define LEVEL avx2
+#define VECTOR 32
+#define REGISTERS 16
+#include "all.hpp"
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl")
+#define LEVEL avx512
+#define VECTOR 64
+#define REGISTERS 32
+#include "all.hpp"
+#pragma GCC pop_options
+#endif
+
 namespace drift {
+
+#ifdef HAS_LEVELS
+// Of functions for each level, the one for this processor.
+template <typename Function>
+Function* best(Function* least, Function* avx2, Function* avx512) {
+  // Operators are registered ahead of what else starts a program.
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2")) {
+    const bool longer = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return longer ? avx512 : avx2;
+  }
+  return least;
+}
+
+#define BEST(name) drift::best(&drift::least::name, &drift::avx2::name, &drift::avx512::name)
+#else
+#define BEST(name) (&drift::least::name)
+#endif
 
 // Whether this processor has sixteen lanes for fp32, and no better way to multiply bf16 than by
 // vectors (AMX).
@@ -39,6 +89,9 @@ TORCH_LIBRARY(drift, library) {
       "causal_attention(Tensor queries, Tensor keys, Tensor values, float scale, int window, "
       "Tensor(a!) out) -> Tensor");
   library.def("multiplies_by_vectors() -> bool", &drift::multiplies_by_vectors);
+  library.def("lay_out(Tensor weight) -> Tensor");
+  library.def("panel_outputs() -> int", BEST(panel_outputs));
+  library.def("multiply_laid_out(Tensor x, Tensor panels, Tensor? bias) -> Tensor");
   library.def("leaders(Tensor scores, float temperature, float depth) -> (Tensor, Tensor)");
   library.def(
       "rms_norm(Tensor x, Tensor weight, float eps, bool one_plus, Tensor(a!) out) -> ()");
@@ -60,15 +113,17 @@ TORCH_LIBRARY(drift, library) {
 }
 
 TORCH_LIBRARY_IMPL(drift, CPU, library) {
-  library.impl("paged_attention", &drift::paged_attention);
-  library.impl("causal_attention", &drift::causal_attention);
-  library.impl("leaders", &drift::leaders);
-  library.impl("rms_norm", &drift::rms_norm);
-  library.impl("rms_norm_backward", &drift::rms_norm_backward);
-  library.impl("softmax_backward", &drift::softmax_backward);
-  library.impl("rotate", &drift::rotate);
-  library.impl("gated", &drift::gated);
-  library.impl("gated_backward", &drift::gated_backward);
-  library.impl("rmsprop", &drift::rmsprop);
-  library.impl("adamw", &drift::adamw);
+  library.impl("paged_attention", BEST(paged_attention));
+  library.impl("causal_attention", BEST(causal_attention));
+  library.impl("lay_out", BEST(lay_out));
+  library.impl("multiply_laid_out", BEST(multiply_laid_out));
+  library.impl("leaders", BEST(leaders));
+  library.impl("rms_norm", BEST(rms_norm));
+  library.impl("rms_norm_backward", BEST(rms_norm_backward));
+  library.impl("softmax_backward", BEST(softmax_backward));
+  library.impl("rotate", BEST(rotate));
+  library.impl("gated", BEST(gated));
+  library.impl("gated_backward", BEST(gated_backward));
+  library.impl("rmsprop", BEST(rmsprop));
+  library.impl("adamw", BEST(adamw));
 }

@@ -1,13 +1,10 @@
 // What sampling wants to know of scores: how much mass there is, and who is near the best.
-#pragma once
 
 #include <cmath>
 #include <vector>
 
-#include "simd.hpp"
-#include "tensors.hpp"
 
-namespace drift {
+namespace drift::LEVEL {
 
 struct Summary {
   // The largest score, and sums of e^(score - best) and of e^((score - best) / temperature).
@@ -83,20 +80,6 @@ INLINE void lead(const T* scores, int64_t count, float best, float temperature, 
   }
 }
 
-CLONES Summary lead_some(const float* scores, int64_t count, float temperature, float depth,
-                         std::vector<Leader>& leaders) {
-  const Summary summary = summarise(scores, count, temperature);
-  lead(scores, count, summary.best, temperature, depth, leaders);
-  return summary;
-}
-
-CLONES Summary lead_some(const c10::BFloat16* scores, int64_t count, float temperature,
-                         float depth, std::vector<Leader>& leaders) {
-  const Summary summary = summarise(scores, count, temperature);
-  lead(scores, count, summary.best, temperature, depth, leaders);
-  return summary;
-}
-
 // Of each row of `scores` [rows, vocab]: [rows, 4], fp32, with the best, the logs of the sums of
 // e^score and of e^((score - best) / temperature), and how many lead, those less than `depth`
 // below the best over the temperature. These leaders, row after row, each with its id
@@ -113,8 +96,9 @@ std::tuple<at::Tensor, at::Tensor> leaders(const at::Tensor& scores, double temp
     float* to = heads.mutable_data_ptr<float>();
     in_parallel(rows, vocab, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        const Summary summary = lead_some(from[row], vocab, static_cast<float>(temperature),
-                                          static_cast<float>(depth), found[row]);
+        const Summary summary = summarise(from[row], vocab, static_cast<float>(temperature));
+        lead(from[row], vocab, summary.best, static_cast<float>(temperature),
+             static_cast<float>(depth), found[row]);
         to[4 * row] = summary.best;
         to[4 * row + 1] = static_cast<float>(summary.best + std::log(summary.plain));
         to[4 * row + 2] = static_cast<float>(std::log(summary.tempered));
@@ -135,4 +119,4 @@ std::tuple<at::Tensor, at::Tensor> leaders(const at::Tensor& scores, double temp
   return {heads, leaders};
 }
 
-}  // namespace drift
+}  // namespace drift::LEVEL

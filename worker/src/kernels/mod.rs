@@ -22,6 +22,12 @@ const SCRIPT: &str = r#"class Kernels(Module):
     return ops.mkldnn._reorder_linear_weight(weight, rows)
   def multiply(self: __torch__.Kernels, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     return ops.mkldnn._linear_pointwise(x, weight, bias, "none", annotate(List[Optional[number]], []), "")
+  def lay_out(self: __torch__.Kernels, weight: Tensor) -> Tensor:
+    return ops.drift.lay_out(weight)
+  def panel_outputs(self: __torch__.Kernels) -> int:
+    return ops.drift.panel_outputs()
+  def multiply_laid_out(self: __torch__.Kernels, x: Tensor, panels: Tensor, bias: Optional[Tensor]) -> Tensor:
+    return ops.drift.multiply_laid_out(x, panels, bias)
   def paged_attention(self: __torch__.Kernels, queries: Tensor, keys: Tensor, values: Tensor, tables: Tensor, sights: Tensor, scale: float) -> Tuple[Tensor, Tensor]:
     return ops.drift.paged_attention(queries, keys, values, tables, sights, scale)
   def multiplies_by_vectors(self: __torch__.Kernels) -> bool:
@@ -129,6 +135,29 @@ pub(crate) fn multiply(
 ) -> Result<Tensor, TchError> {
     let bias = bias.map_or(IValue::None, given);
     tensor(call("multiply", &[given(x), given(weight), bias])?)
+}
+
+/// A weight, `[out, in]`, fp32 or bf16, for [`multiply_laid_out`], if its outputs come in whole
+/// panels: `[out / panel, in, panel]`, of its kind.
+pub(crate) fn lay_out(weight: &Tensor) -> Result<Option<Tensor>, TchError> {
+    let IValue::Int(panel) = call("panel_outputs", &[])? else {
+        return Err(TchError::Torch("a panel's outputs are not a number".to_owned()));
+    };
+    if weight.size()[0] % panel != 0 {
+        return Ok(None);
+    }
+    tensor(call("lay_out", &[given(weight)])?).map(Some)
+}
+
+/// `x` (`[rows, in]`) times the transpose of the weight laid out in `panels`, plus `bias`
+/// (`[out]`): `[rows, out]`. All are fp32, but that `panels` may be bf16.
+pub(crate) fn multiply_laid_out(
+    x: &Tensor,
+    panels: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Tensor, TchError> {
+    let bias = bias.map_or(IValue::None, given);
+    tensor(call("multiply_laid_out", &[given(x), given(panels), bias])?)
 }
 
 /// Attention over the pages of a cache: `queries` `[tokens, heads, head_dim]`, keys and values

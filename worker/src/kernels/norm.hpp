@@ -1,14 +1,11 @@
 // RMSNorm: y = s * x^, x^ = x / sqrt(mean(x^2) + eps), with s = w, applied to x^ as it is rounded
 // to the kind of x, or s = 1 + w, rounded once.
-#pragma once
 
 #include <cmath>
 #include <optional>
 
-#include "simd.hpp"
-#include "tensors.hpp"
 
-namespace drift {
+namespace drift::LEVEL {
 
 struct Norm {
   double eps;
@@ -48,16 +45,6 @@ INLINE void norm_row(const T* x, const T* weight, int64_t width, Norm norm, T* o
   by_twos(width, two, x, weight, out);
 }
 
-CLONES void norm_some(const Rows<const float>& x, const float* weight, Norm norm,
-                      const Rows<float>& out, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) norm_row(x[row], weight, x.width(), norm, out[row]);
-}
-
-CLONES void norm_some(const Rows<const c10::BFloat16>& x, const c10::BFloat16* weight, Norm norm,
-                      const Rows<c10::BFloat16>& out, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) norm_row(x[row], weight, x.width(), norm, out[row]);
-}
-
 void check_weight(const at::Tensor& x, const at::Tensor& weight) {
   TORCH_CHECK(weight.dim() == 1 && weight.is_contiguous() && weight.size(0) == x.size(-1) &&
                   weight.scalar_type() == x.scalar_type(),
@@ -74,7 +61,10 @@ void rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, bool on
     const Rows<const T> from("x", x);
     const Rows<T> to("out", out);
     in_parallel(from.count(), from.width(), [&](int64_t begin, int64_t end) {
-      norm_some(from, weight.const_data_ptr<T>(), {eps, one_plus}, to, begin, end);
+      const T* by = weight.const_data_ptr<T>();
+      for (int64_t row = begin; row < end; ++row) {
+        norm_row(from[row], by, from.width(), {eps, one_plus}, to[row]);
+      }
     });
   });
 }
@@ -135,16 +125,6 @@ INLINE void norm_backward_rows(const NormBackward<T>& all_rows, int64_t begin, i
   }
 }
 
-CLONES void norm_backward_some(const NormBackward<float>& rows, int64_t begin, int64_t end,
-                               float* by_weight) {
-  norm_backward_rows(rows, begin, end, by_weight);
-}
-
-CLONES void norm_backward_some(const NormBackward<c10::BFloat16>& rows, int64_t begin, int64_t end,
-                               float* by_weight) {
-  norm_backward_rows(rows, begin, end, by_weight);
-}
-
 // `gradient` is that by y, shaped as x; that by x, plus `residual`, goes to `by_input`, and y again
 // to `output`, both shaped as x too. Returned is that by w, [width], fp32.
 at::Tensor rms_norm_backward(const at::Tensor& x, const at::Tensor& weight, double eps,
@@ -172,7 +152,7 @@ at::Tensor rms_norm_backward(const at::Tensor& x, const at::Tensor& weight, doub
     float* sums = partial.mutable_data_ptr<float>();
     in_parallel(parts, SUMMED_ROWS * width, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
-        norm_backward_some(all_rows, part * SUMMED_ROWS,
+        norm_backward_rows(all_rows, part * SUMMED_ROWS,
                            std::min(count, (part + 1) * SUMMED_ROWS), sums + part * width);
       }
     });
@@ -181,4 +161,4 @@ at::Tensor rms_norm_backward(const at::Tensor& x, const at::Tensor& weight, doub
   return by_weight;
 }
 
-}  // namespace drift
+}  // namespace drift::LEVEL

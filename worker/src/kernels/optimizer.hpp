@@ -1,13 +1,10 @@
 // RMSprop and AdamW on fp32 weights, as torch.optim has them: one pass over gradient, moments and
 // weights, which are more than any cache holds.
-#pragma once
 
 #include <optional>
 
-#include "simd.hpp"
-#include "tensors.hpp"
 
-namespace drift {
+namespace drift::LEVEL {
 
 // Weights of which each thread updates some, and where they go rounded, if anywhere.
 struct Weights {
@@ -41,7 +38,7 @@ struct RmsProp {
   }
 };
 
-CLONES void rmsprop_some(const RmsProp& rule, const Weights& weights, float* square_avg,
+INLINE void rmsprop_some(const RmsProp& rule, const Weights& weights, float* square_avg,
                          int64_t begin, int64_t end) {
   const auto update = [&](Two g, Two w, float* at) INLINED -> Two {
     const Two old = load_two(at);
@@ -66,7 +63,7 @@ struct AdamW {
   }
 };
 
-CLONES void adamw_some(const AdamW& rule, const Weights& weights, float* exp_avg,
+INLINE void adamw_some(const AdamW& rule, const Weights& weights, float* exp_avg,
                        float* exp_avg_sq, int64_t begin, int64_t end) {
   const auto update = [&](Two g, Two w, float* mean, float* square) INLINED -> Two {
     const Two means = load_two(mean), squares = load_two(square);
@@ -126,4 +123,4 @@ void adamw(const at::Tensor& gradient, const at::Tensor& exp_avg, const at::Tens
   });
 }
 
-}  // namespace drift
+}  // namespace drift::LEVEL

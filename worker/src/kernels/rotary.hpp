@@ -1,10 +1,7 @@
 // Rotary positions: x <- x * cos + swap_halves(x) * sin, with the sign of "rotate half" in sin.
-#pragma once
 
-#include "simd.hpp"
-#include "tensors.hpp"
 
-namespace drift {
+namespace drift::LEVEL {
 
 // One head, in place.
 template <typename T>
@@ -24,22 +21,6 @@ INLINE void rotate_head(T* x, const T* cos, const T* sin, int64_t half) {
   by_twos(half, two, x, x + half, cos, cos + half, sin, sin + half);
 }
 
-template <typename T>
-INLINE void rotate_token(T* x, int64_t heads, int64_t stride, const T* cos, const T* sin,
-                         int64_t width) {
-  for (int64_t head = 0; head < heads; ++head) rotate_head(x + head * stride, cos, sin, width / 2);
-}
-
-CLONES void rotate_some(float* x, int64_t heads, int64_t stride, const float* cos,
-                        const float* sin, int64_t width) {
-  rotate_token(x, heads, stride, cos, sin, width);
-}
-
-CLONES void rotate_some(c10::BFloat16* x, int64_t heads, int64_t stride, const c10::BFloat16* cos,
-                        const c10::BFloat16* sin, int64_t width) {
-  rotate_token(x, heads, stride, cos, sin, width);
-}
-
 // `x` [tokens, heads, head_dim] in place, by `cos` and `sin` [tokens, head_dim].
 void rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
   TORCH_CHECK(x.dim() == 3 && x.size(2) % 2 == 0 && x.stride(2) == 1 && cos.dim() == 2 &&
@@ -51,11 +32,13 @@ void rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
     T* data = x.mutable_data_ptr<T>();
     in_parallel(x.size(0), x.size(1) * x.size(2), [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; ++token) {
-        rotate_some(data + token * x.stride(0), x.size(1), x.stride(1), cosines[token],
-                    sines[token], x.size(2));
+        for (int64_t head = 0; head < x.size(1); ++head) {
+          rotate_head(data + token * x.stride(0) + head * x.stride(1), cosines[token],
+                      sines[token], x.size(2) / 2);
+        }
       }
     });
   });
 }
 
-}  // namespace drift
+}  // namespace drift::LEVEL

@@ -1,6 +1,8 @@
-// Sixteen numbers at a time, in the compiler's own vectors: it makes of them what the processor
-// has, and CLONES makes it do so for several processors, of which the loader chooses.
-#pragma once
+// Vectors of the compiler's own, as long as the processor's: LANES numbers at a time.
+//
+// This and the kernels are compiled once for each level of processors (kernels.cpp), which says
+// LEVEL, the bytes of a vector (VECTOR) and how many there are (REGISTERS): longer ones would go
+// through memory, and so would more of them.
 
 #include <c10/util/BFloat16.h>
 
@@ -12,27 +14,19 @@
 #include <limits>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define CLONES
-#endif
+namespace drift::LEVEL {
 
-// Clones are of functions; what they call must become part of them.
-#define INLINE inline __attribute__((always_inline))
-#define INLINED __attribute__((always_inline))
-
-namespace drift {
-
-constexpr int64_t LANES = 16;
+constexpr int64_t LANES = VECTOR / 4;
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
-using Floats = float __attribute__((vector_size(64)));
-using Ints = int32_t __attribute__((vector_size(64)));
-using Bits = uint32_t __attribute__((vector_size(64)));
+using Floats = float __attribute__((vector_size(VECTOR)));
+using Ints = int32_t __attribute__((vector_size(VECTOR)));
+using Bits = uint32_t __attribute__((vector_size(VECTOR)));
 
-INLINE Floats all(float x) { return Floats{} + x; }
+// Taking 0 off changes nothing, and the compiler knows; adding it would make 0 of -0.
+INLINE Floats all(float x) { return x - Floats{}; }
 
 INLINE Floats load(const float* from) {
   Floats x;
@@ -41,6 +35,23 @@ INLINE Floats load(const float* from) {
 }
 
 INLINE void store(Floats x, float* to) { std::memcpy(to, &x, sizeof x); }
+
+// 0, STEP, 2 STEP, ... in the lanes.
+template <int32_t STEP, int32_t... LANE>
+constexpr Ints counted(std::integer_sequence<int32_t, LANE...>) {
+  return Ints{STEP * LANE...};
+}
+
+constexpr auto ALL_LANES = std::make_integer_sequence<int32_t, LANES>();
+constexpr Ints IN_ORDER = counted<1>(ALL_LANES), EVEN = counted<2>(ALL_LANES);
+
+// One of the first vector, one of the second, and so on.
+template <int32_t... LANE>
+constexpr Ints taking_turns(std::integer_sequence<int32_t, LANE...>) {
+  return Ints{LANE / 2 + LANE % 2 * static_cast<int32_t>(LANES)...};
+}
+
+constexpr Ints IN_TURN = taking_turns(ALL_LANES);
 
 // Two vectors' worth of neighbours. In which order these are in them is between load and store:
 // bf16 is the upper half of fp32, so of each two neighbours one needs a shift, the other nothing
@@ -76,28 +87,39 @@ INLINE void store_two(Two x, c10::BFloat16* to) {
   std::memcpy(to, &bits, sizeof bits);
 }
 
+// The `rest` of `row`, if there is one, with zeros behind it; and back where it may be written.
+template <typename T>
+struct Aside {
+  T* row;
+  int64_t rest;
+  std::array<std::remove_const_t<T>, PAIRED> some = {};
+
+  INLINE Aside(T* row, int64_t rest) : row(row), rest(rest) {
+    if (row) std::copy_n(row, rest, some.data());
+  }
+  INLINE T* place() { return row ? some.data() : nullptr; }
+  INLINE void back() {
+    if constexpr (!std::is_const_v<T>) {
+      if (row) std::copy_n(some.data(), rest, row);
+    }
+  }
+};
+
+template <typename Function, typename... T>
+INLINE void two_aside(Function two, Aside<T>... rows) {
+  two(rows.place()...);
+  (rows.back(), ...);
+}
+
 // Calls `two` for two vectors after another of each of the `rows`, of `width` elements, where they
 // are; a row may be missing. What is left behind the last whole ones goes aside, with zeros behind
 // it, and what `two` may write comes back from there.
 template <typename Function, typename... T>
 INLINE void by_twos(int64_t width, Function two, T*... rows) {
   const auto at_place = [](auto* row, int64_t at) INLINED { return row ? row + at : row; };
-  const int64_t whole = width / PAIRED * PAIRED, rest = width - whole;
+  const int64_t whole = width / PAIRED * PAIRED;
   for (int64_t at = 0; at < whole; at += PAIRED) two(at_place(rows, at)...);
-  if (rest == 0) return;
-  std::tuple<std::array<std::remove_const_t<T>, PAIRED>...> aside{};
-  std::apply(
-      [&](auto&... some) INLINED {
-        ((rows ? (void)std::copy_n(rows + whole, rest, some.data()) : (void)0), ...);
-        two((rows ? static_cast<T*>(some.data()) : nullptr)...);
-        const auto back = [&](auto* row, const auto& some) INLINED {
-          if constexpr (!std::is_const_v<std::remove_pointer_t<decltype(row)>>) {
-            if (row) std::copy_n(some.data(), rest, row + whole);
-          }
-        };
-        (back(rows, some), ...);
-      },
-      aside);
+  if (whole < width) two_aside(two, Aside<T>(at_place(rows, whole), width - whole)...);
 }
 
 // fp32 from and to its own order, for two vectors in the order of those of the last argument's
@@ -106,16 +128,14 @@ INLINE Two load_two_beside(const float* from, const float*) { return load_two(fr
 INLINE void store_two_beside(Two x, float* to, const float*) { store_two(x, to); }
 
 INLINE Two load_two_beside(const float* from, const c10::BFloat16*) {
-  const Ints even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
   const Two x = load_two(from);
-  return {__builtin_shuffle(x.first, x.second, even),
-          __builtin_shuffle(x.first, x.second, even + 1)};
+  return {__builtin_shuffle(x.first, x.second, EVEN),
+          __builtin_shuffle(x.first, x.second, EVEN + 1)};
 }
 
 INLINE void store_two_beside(Two x, float* to, const c10::BFloat16*) {
-  const Ints in_turn = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-  store_two({__builtin_shuffle(x.first, x.second, in_turn),
-             __builtin_shuffle(x.first, x.second, in_turn + 8)},
+  store_two({__builtin_shuffle(x.first, x.second, IN_TURN),
+             __builtin_shuffle(x.first, x.second, IN_TURN + static_cast<int32_t>(LANES / 2))},
             to);
 }
 
@@ -132,11 +152,10 @@ INLINE Floats root(Floats x) {
 
 // Of each two vectors' neighbours the sums: those of `a`, then those of `b`.
 INLINE Floats pairs(Floats a, Floats b) {
-  const Ints even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+  return __builtin_shuffle(a, b, EVEN) + __builtin_shuffle(a, b, EVEN + 1);
 }
 
-// The sums of sixteen vectors, one to a lane. Overwrites them.
+// The sums of as many vectors as there are lanes, one to a lane. Overwrites them.
 INLINE Floats sums(Floats (&x)[LANES]) {
   for (int64_t left = LANES / 2; left > 0; left /= 2) {
     for (int64_t at = 0; at < left; ++at) {
@@ -183,4 +202,4 @@ INLINE Floats exp(Floats x) {
   return x < -87.0f ? Floats{} : p * (Floats)power;
 }
 
-}  // namespace drift
+}  // namespace drift::LEVEL

@@ -1,12 +1,9 @@
 // A softmax's weights and the gradient by its scores, as attention's backward has them.
-#pragma once
 
 #include <vector>
 
-#include "simd.hpp"
-#include "tensors.hpp"
 
-namespace drift {
+namespace drift::LEVEL {
 
 // Of `logs`, whose multiple by `factor` is log p, those in [first, end) to p, and of `gradients`
 // to p times them; the others to 0.
@@ -26,16 +23,6 @@ INLINE void weigh_row(T* logs, T* gradients, int64_t count, int64_t first, int64
   }
 }
 
-CLONES void weigh_some(float* logs, float* gradients, int64_t count, int64_t first, int64_t end,
-                       float factor) {
-  weigh_row(logs, gradients, count, first, end, factor);
-}
-
-CLONES void weigh_some(c10::BFloat16* logs, c10::BFloat16* gradients, int64_t count, int64_t first,
-                       int64_t end, float factor) {
-  weigh_row(logs, gradients, count, first, end, factor);
-}
-
 // `both` [2, heads, queries, keys], in place: logs of softmax weights p over `factor`, and gradients
 // by p; then p, and gradients by scores. The last key is the last query's own, and a query sees the
 // last `window` keys up to its own.
@@ -50,11 +37,11 @@ void softmax_backward(const at::Tensor& both, double factor, int64_t window) {
     in_parallel(rows, keys, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t behind = keys - queries + row % queries + 1;
-        weigh_some(logs + row * keys, gradients + row * keys, keys,
-                   std::max<int64_t>(behind - window, 0), behind, static_cast<float>(factor));
+        weigh_row(logs + row * keys, gradients + row * keys, keys,
+                  std::max<int64_t>(behind - window, 0), behind, static_cast<float>(factor));
       }
     });
   });
 }
 
-}  // namespace drift
+}  // namespace drift::LEVEL

@@ -166,10 +166,12 @@ impl Decoder {
             let tensor = parameter.tensor.f_detach()?.f_to_kind(kind)?;
             Ok::<_, TchError>(Parameter { tensor, parts: parameter.parts.clone() })
         };
-        let for_products = |parameter: &Parameter| {
-            let Parameter { tensor, parts } = convert(parameter)?;
-            let tensor = if tensor.dim() == 2 { pack(&tensor)? } else { tensor };
-            Ok::<_, TchError>(Parameter { tensor, parts })
+        let for_products = |parameter: &Parameter| match parameter.tensor.dim() {
+            2 => {
+                let tensor = pack(&parameter.tensor.f_detach()?)?;
+                Ok(Parameter { tensor, parts: parameter.parts.clone() })
+            }
+            _ => convert(parameter),
         };
         let blocks = self.blocks.iter().map(|block| block.try_map(for_products));
         let Outer { embedding, norm, head } = &self.outer;

@@ -2,12 +2,12 @@
 
 use tch::{Kind, TchError, Tensor};
 
-use super::product::{multiply, operand, operands};
+use super::product::{multiply, operands};
 
 /// A linear layer over `[rows, in]`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Linear<'a> {
-    /// W, `[out, in]`.
+    /// W, `[out, in]`; packed, if forward is all that is asked.
     pub(crate) weight: &'a Tensor,
     /// b, `[out]`.
     pub(crate) bias: Option<&'a Tensor>,
@@ -16,9 +16,7 @@ pub(crate) struct Linear<'a> {
 impl Linear<'_> {
     /// `x` (`[rows, in]`) → `[rows, out]`, of x's kind.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor, TchError> {
-        let [input, weight] = operands([x, self.weight])?;
-        let bias = self.bias.map(operand).transpose()?;
-        multiply(&input, &weight, bias.as_ref())?.f_to_kind(x.kind())
+        multiply(x, self.weight, self.bias)?.f_to_kind(x.kind())
     }
 
     /// Gradient by x, `[rows, in]`, given that by y, `[rows, out]`: dy W.

@@ -34,16 +34,17 @@ pub(crate) fn operand(x: &Tensor) -> Result<Tensor, TchError> {
     x.f_to_kind(product_kind(x.kind(), x.device()))
 }
 
-/// `x` (`[rows, in]`) times `weight`ᵀ (`[out, in]`, packed or not), plus `bias` (`[out]`):
-/// `[rows, out]`.
+/// `x` (`[rows, in]`) times `weight`ᵀ (`[out, in]`, packed or not), plus `bias` (`[out]`), in the
+/// kind of a product: `[rows, out]`.
 pub(crate) fn multiply(
     x: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
 ) -> Result<Tensor, TchError> {
-    match weight.is_mkldnn() {
-        true => packed::multiply(x, weight, bias),
-        false => x.f_linear(weight, bias),
+    let (x, bias) = (operand(x)?, bias.map(operand).transpose()?);
+    match packed::multiply(&x, weight, bias.as_ref())? {
+        Some(product) => Ok(product),
+        None => x.f_linear(&operand(weight)?, bias.as_ref()),
     }
 }
 

@@ -2,7 +2,8 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Activation, Linear, NormScale, RmsNorm, pack, product_kind};
+use super::{Activation, Linear, NormScale, RmsNorm, pack};
+use crate::kernels;
 
 fn random(shape: &[i64]) -> Tensor {
     Tensor::randn(shape, (Kind::Double, Device::Cpu))
@@ -124,22 +125,40 @@ fn a_linear_layers_backward_is_its_derivative() {
 fn packed_weights_are_multiplied_as_others() {
     tch::manual_seed(4);
     for (kind, bound) in [(Kind::Float, 1e-6), (Kind::BFloat16, 1e-2)] {
-        // Weights are packed in kinds that this processor multiplies; oneDNN takes no others.
-        if product_kind(kind, Device::Cpu) != kind {
-            continue;
-        }
         let cast = |shape: &[i64]| random(shape).to_kind(kind);
-        let (weight, bias) = (cast(&[40, 24]), cast(&[40]));
-        let packed = pack(&weight).unwrap();
-        assert_eq!(packed.is_mkldnn(), cfg!(target_arch = "x86_64"));
-        for rows in [1, 3, 16, 17, 100] {
-            let x = cast(&[rows, 24]);
-            for bias in [None, Some(&bias)] {
-                let ours = Linear { weight: &packed, bias }.forward(&x).unwrap();
-                let plain = Linear { weight: &weight, bias }.forward(&x).unwrap();
-                assert_eq!(ours.kind(), kind);
-                close(&ours, &plain, bound);
+        // Outputs that come in whole panels, and some that do not; a panel in one piece, and in
+        // several.
+        for (outputs, inputs) in [(64, 24), (40, 24), (64, 600)] {
+            let (weight, bias) = (cast(&[outputs, inputs]), cast(&[outputs]));
+            let packed = pack(&weight).unwrap();
+            assert_ne!(packed.is_mkldnn(), packed.dim() == 3, "packed in one way");
+            for rows in [1, 3, 16, 17, 100] {
+                let x = cast(&[rows, inputs]);
+                for bias in [None, Some(&bias)] {
+                    let ours = Linear { weight: &packed, bias }.forward(&x).unwrap();
+                    let plain = Linear { weight: &weight, bias }.forward(&x).unwrap();
+                    assert_eq!(ours.kind(), kind);
+                    close(&ours, &plain, bound);
+                }
             }
         }
+    }
+}
+
+/// Guesses are right only if a row comes out the same with whatever it is computed together.
+#[test]
+fn a_row_by_a_laid_out_weight_does_not_depend_on_those_beside_it() {
+    tch::manual_seed(5);
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let weight = random(&[64, 600]).to_kind(kind);
+        let panels = kernels::lay_out(&weight).unwrap().expect("64 outputs fill panels");
+        assert_eq!(panels.kind(), kind, "in half the memory");
+        let x = random(&[100, 600]).to_kind(Kind::Float);
+        let together = kernels::multiply_laid_out(&x, &panels, None).unwrap();
+        for (row, rows) in [(0, 1), (3, 2), (7, 7), (30, 16)] {
+            let apart = kernels::multiply_laid_out(&x.narrow(0, row, rows), &panels, None).unwrap();
+            assert_eq!(apart, together.narrow(0, row, rows));
+        }
+        close(&together, &x.to_kind(Kind::Double).matmul(&weight.to_kind(Kind::Double).tr()), 1e-6);
     }
 }
