@@ -7,10 +7,6 @@
 
 #include "tensors.hpp"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 // A function becomes part of who calls it.
 #define INLINE inline __attribute__((always_inline))
 #define INLINED __attribute__((always_inline))
@@ -27,6 +23,8 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define HAS_LEVELS
+
+#include <cpuid.h>
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi,bmi2")
@@ -48,18 +46,21 @@
 namespace drift {
 
 #ifdef HAS_LEVELS
+// Whether this processor has what the level AVX2 is compiled for.
+bool has_vectors() {
+  // Operators are registered ahead of what else starts a program.
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+}
+
 // Of functions for each level, the one for this processor.
 template <typename Function>
 Function* best(Function* least, Function* avx2, Function* avx512) {
-  // Operators are registered ahead of what else starts a program.
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2")) {
-    const bool longer = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return longer ? avx512 : avx2;
-  }
-  return least;
+  if (!has_vectors()) return least;
+  const bool longer = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return longer ? avx512 : avx2;
 }
 
 #define BEST(name) drift::best(&drift::least::name, &drift::avx2::name, &drift::avx512::name)
@@ -67,13 +68,12 @@ Function* best(Function* least, Function* avx2, Function* avx512) {
 #define BEST(name) (&drift::least::name)
 #endif
 
-// Whether this processor has sixteen lanes for fp32, and no better way to multiply bf16 than by
-// vectors (AMX).
+// Whether this processor has vectors that are worth it, and no better way to multiply (AMX).
 bool multiplies_by_vectors() {
-#if defined(__x86_64__)
+#ifdef HAS_LEVELS
   unsigned a, b, c, d;
   const bool has_tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
-  return __builtin_cpu_supports("avx512f") && !has_tiles;
+  return has_vectors() && !has_tiles;
 #else
   return false;
 #endif

@@ -176,8 +176,8 @@ pub(crate) fn paged_attention(
     tensors(call("paged_attention", &arguments)?)
 }
 
-/// Whether this processor has vectors of sixteen fp32, and none of the tiles (AMX) that libtorch's
-/// attention is quicker with than [`causal_attention`].
+/// Whether this processor has vectors of eight fp32 or more, and none of the tiles (AMX) that
+/// libtorch's attention is quicker with than [`causal_attention`].
 pub(crate) fn multiplies_by_vectors() -> bool {
     static MULTIPLIES: LazyLock<bool> =
         LazyLock::new(|| matches!(call("multiplies_by_vectors", &[]), Ok(IValue::Bool(true))));
