@@ -102,7 +102,7 @@ at::Tensor multiply_laid_out(const at::Tensor& x, const at::Tensor& panels,
                              const std::optional<at::Tensor>& bias) {
   TORCH_CHECK(x.dim() == 2 && x.scalar_type() == at::kFloat && x.stride(1) == 1 &&
                   panels.dim() == 3 && panels.is_contiguous() && panels.size(1) == x.size(1) &&
-                  panels.size(2) == PAIRED,
+                  panels.size(1) > 0 && panels.size(2) == PAIRED,
               "a product of ", x.sizes(), " of ", x.dtype(), " and panels ", panels.sizes());
   const int64_t count = panels.size(0), outputs = count * PAIRED;
   TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == outputs && bias->is_contiguous() &&
