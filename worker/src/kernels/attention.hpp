@@ -4,11 +4,9 @@
 // token's head of keys is a piece of work by itself: what comes out does not depend on what
 // else is computed, or by how many threads.
 
-
 #include <algorithm>
 #include <cmath>
 #include <vector>
-
 
 namespace drift::LEVEL {
 
@@ -29,8 +27,8 @@ struct Sight {
   int64_t page, width, stride;
 
   // Calls `visit` for as many tokens in sight as lanes after another, or as their page has: which
-  // they are of those in sight, how many, where `all_of` (keys or values) has the first, and where it
-  // has those that stand a page further.
+  // they are of those in sight, how many, where `all_of` (keys or values) has the first, and where
+  // it has those that stand a page further.
   template <typename Visit>
   INLINE void each(const T* all_of, Visit visit) const {
     for (int64_t token = start; token < end;) {

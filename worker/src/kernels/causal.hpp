@@ -2,12 +2,11 @@
 //
 // Queries go in blocks, of a few tokens and all heads that share keys: their scores for all keys
 // that they see, the softmax of them, and the values by these weights, all in fp32. Keys and
-// values are laid out for it once, as fp32 too: keys of as many tokens as lanes side by side, so that a vector
-// holds one element of each.
+// values are laid out for it once, as fp32 too: keys of as many tokens as lanes side by side, so
+// that a vector holds one element of each.
 
 #include <cmath>
 #include <vector>
-
 
 namespace drift::LEVEL {
 
@@ -22,8 +21,8 @@ constexpr int64_t BLOCK_BYTES = 384 << 10;
 
 INLINE int64_t up_to(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-// One head's keys and values, fp32: [tokens / LANES, width, LANES] and [tokens, width], with zeros behind
-// the last token and element.
+// One head's keys and values, fp32: [tokens / LANES, width, LANES] and [tokens, width], with
+// zeros behind the last token and element.
 struct Packed {
   const float* keys;
   const float* values;

@@ -2,7 +2,6 @@
 // 2 sqrt(2 / pi) (g + 0.044715 g^3): that is GELU's approximation, as (1 + tanh(x)) / 2 is the
 // logistic function of 2 x.
 
-
 namespace drift::LEVEL {
 
 constexpr float SLOPE = 1.5957691216057308f;

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <optional>
 
-
 namespace drift::LEVEL {
 
 struct Norm {

@@ -3,7 +3,6 @@
 
 #include <optional>
 
-
 namespace drift::LEVEL {
 
 // Weights of which each thread updates some, and where they go rounded, if anywhere.

@@ -1,6 +1,5 @@
 // Rotary positions: x <- x * cos + swap_halves(x) * sin, with the sign of "rotate half" in sin.
 
-
 namespace drift::LEVEL {
 
 // One head, in place.

@@ -2,7 +2,6 @@
 
 #include <vector>
 
-
 namespace drift::LEVEL {
 
 // Of `logs`, whose multiple by `factor` is log p, those in [first, end) to p, and of `gradients`
